@@ -1,0 +1,210 @@
+"""``VectorCache``: vectors kept between runs and shared by processes, without a lock. Does not know what it stores.
+
+A writer only ever adds files of its own and never touches another's; a reader merges what it finds. A shard is two
+files: ``<shard>.vectors.npy`` (float32 [n, D], memory-mapped when read) and ``<shard>.keys.npy`` (uint64 [n, 2]). Both
+are written under a temporary name, flushed to disk and renamed, the keys last: a shard counts from the moment its
+keys are there, so a kill at any moment leaves at worst a temporary file that readers pass over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+KEYS_SUFFIX, VECTORS_SUFFIX = ".keys.npy", ".vectors.npy"
+# A reader maps one shard at a time beside the matrix it fills, so a shard's size is also the reader's overhead.
+SHARD_BYTES = 64 * 2**20
+
+
+def text_keys(texts: Iterable[str], role: str) -> np.ndarray:
+    """Hash texts to keys.
+
+    Args:
+        texts: the texts exactly as they are embedded.
+        role: "query" or "document": some models embed the same text differently in the two roles.
+
+    Returns:
+        uint64 [n, 2], 128 bits of BLAKE2b a text.
+    """
+    start = hashlib.blake2b(role.encode() + b"\0", digest_size=16)
+    digests = bytearray()
+    for text in texts:
+        digest = start.copy()
+        digest.update(text.encode("utf-8", "surrogatepass"))
+        digests += digest.digest()
+    return np.frombuffer(bytes(digests), dtype=np.uint64).reshape(-1, 2)
+
+
+def slug(text: str, length: int = 40) -> str:
+    """A readable file-name part: the end of ``text`` with everything but letters, digits, dot and dash replaced."""
+    return re.sub(r"[^\w.-]+", "-", text.rstrip("/"))[-length:].strip("-.") or "x"
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Call ``write(file)`` on a temporary file beside ``path``, flush it to disk, rename it to ``path``."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class VectorCache:
+    """The vectors of one embedding setup: a folder named after it, holding immutable shards.
+
+    Args:
+        root: the cache folder; the setup's own folder is made inside it on the first write.
+        setup: everything beside the text that changes a vector (model, revision, dtype, length limit, …), JSON-able.
+
+    Attributes:
+        dimension: D, or None while the cache is empty.
+    """
+
+    def __init__(self, root: Path | str, setup: Mapping[str, Any]) -> None:
+        text = json.dumps(setup, sort_keys=True)
+        self.setup = dict(setup)
+        digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        self.folder = Path(root) / "vectors" / f"{slug(str(setup.get('model', 'vectors')))}-{digest}"
+        self.dimension: int | None = None
+        self._shards: dict[str, int] = {}  # name -> number; a damaged shard has number -1
+        self._names: list[str] = []
+        self._index = np.empty((0, 2), dtype=np.uint64)  # sorted keys
+        self._places = np.empty((0, 2), dtype=np.int32)  # (shard number, row) of each key
+        self.refresh()
+
+    def __len__(self) -> int:
+        """Number of stored keys (a text embedded by two processes counts twice)."""
+        return len(self._index)
+
+    def refresh(self) -> None:
+        """Take in the shards that have come since, this process' own and others'."""
+        try:
+            names = {entry.name for entry in os.scandir(self.folder)}
+        except FileNotFoundError:
+            return
+        new = sorted(name for name in names if name.endswith(KEYS_SUFFIX) and name not in self._shards)
+        keys, places = [self._index], [self._places]
+        for name in new:
+            shard_keys = self._open_keys(name)
+            if shard_keys is None:
+                self._shards[name] = -1
+                continue
+            number = self._shards[name] = len(self._names)
+            self._names.append(name.removesuffix(KEYS_SUFFIX) + VECTORS_SUFFIX)
+            keys.append(shard_keys)
+            places.append(
+                np.stack([np.full(len(shard_keys), number), np.arange(len(shard_keys))], axis=1).astype(np.int32)
+            )
+        if len(keys) > 1:
+            all_keys, all_places = np.concatenate(keys), np.concatenate(places)
+            order = np.argsort(all_keys[:, 0], kind="stable")
+            self._index, self._places = all_keys[order], all_places[order]
+
+    def _open_keys(self, name: str) -> np.ndarray | None:
+        """The keys of a shard, or None (said in the log) where the shard cannot be used."""
+        try:
+            keys = np.load(self.folder / name)
+            vectors = self._map(name.removesuffix(KEYS_SUFFIX) + VECTORS_SUFFIX)
+            if keys.dtype != np.uint64 or vectors.dtype != np.float32 or vectors.shape[:1] != keys.shape[:1]:
+                raise ValueError(f"{len(keys)} keys for vectors {vectors.dtype} {vectors.shape}")
+            if self.dimension not in (None, vectors.shape[1]):
+                raise ValueError(f"{vectors.shape[1]} dimensions where other shards have {self.dimension}")
+        except (OSError, ValueError, EOFError) as error:
+            logger.warning("passing over a damaged cache shard: %s (%s)", self.folder / name, error)
+            return None
+        self.dimension = vectors.shape[1]
+        return keys
+
+    def _map(self, name: str) -> np.ndarray:
+        return np.load(self.folder / name, mmap_mode="r")
+
+    def locate(self, keys: np.ndarray) -> np.ndarray:
+        """Find keys: uint64 [m, 2] in, int32 [m, 2] out, (shard, row) or (-1, -1) where a key is not stored."""
+        found = np.full((len(keys), 2), -1, dtype=np.int32)
+        if not len(self._index) or not len(keys):
+            return found
+        first, second = self._index[:, 0], self._index[:, 1]
+        position = np.searchsorted(first, keys[:, 0])
+        open_ = np.arange(len(keys))
+        # Usually one turn; more only where keys share their first 64 bits (a text stored twice, or a collision).
+        while len(open_):
+            at = position[open_]
+            inside = at < len(first)
+            open_, at = open_[inside], at[inside]
+            same_first = first[at] == keys[open_, 0]
+            open_, at = open_[same_first], at[same_first]
+            hit = second[at] == keys[open_, 1]
+            found[open_[hit]] = self._places[at[hit]]
+            open_ = open_[~hit]
+            position[open_] += 1
+        return found
+
+    def contains(self, keys: np.ndarray) -> np.ndarray:
+        """bool [m]: which of the keys (uint64 [m, 2]) are stored."""
+        return self.locate(keys)[:, 0] >= 0
+
+    def load(self, keys: np.ndarray) -> np.ndarray:
+        """Read the vectors of stored keys into one new matrix.
+
+        Shards are mapped one at a time and let go of, so memory holds the matrix and at most one shard beside it.
+
+        Args:
+            keys: uint64 [m, 2].
+
+        Returns:
+            float32 [m, D], row i for key i.
+
+        Raises:
+            KeyError: a key is not stored.
+        """
+        places = self.locate(keys)
+        if (missing := int((places[:, 0] < 0).sum())) or self.dimension is None:
+            raise KeyError(f"{missing} of {len(keys)} vectors are not in {self.folder}")
+        vectors = np.empty((len(keys), self.dimension), dtype=np.float32)
+        by_shard = np.argsort(places[:, 0], kind="stable")
+        edges = np.flatnonzero(np.diff(places[by_shard, 0])) + 1
+        for rows in np.split(by_shard, edges):
+            vectors[rows] = self._map(self._names[places[rows[0], 0]])[places[rows, 1]]
+        return vectors
+
+    def add(self, keys: np.ndarray, vectors: np.ndarray) -> None:
+        """Store vectors as one new shard (several above 64 MiB); they are on disk when this returns.
+
+        Args:
+            keys: uint64 [n, 2].
+            vectors: float32 [n, D], all finite.
+
+        Raises:
+            ValueError: shapes do not fit, or a value is not finite: such vectors are never stored.
+        """
+        if vectors.ndim != 2 or len(vectors) != len(keys) or vectors.dtype != np.float32:
+            raise ValueError(f"{len(keys)} keys for vectors {vectors.dtype} {vectors.shape}, expected float32 [n, D]")
+        if self.dimension not in (None, vectors.shape[1]):
+            raise ValueError(f"vectors of {vectors.shape[1]} dimensions in a cache of {self.dimension}")
+        if not np.isfinite(vectors).all():
+            raise ValueError("vectors hold NaN or infinity")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        description = self.folder / "setup.json"
+        if not description.exists():
+            write_atomically(description, lambda file: file.write(json.dumps(self.setup, indent=1).encode()))
+        rows = max(1, SHARD_BYTES // (4 * vectors.shape[1]))
+        for start in range(0, len(keys), rows):
+            shard = uuid.uuid4().hex
+            for suffix, array in ((VECTORS_SUFFIX, vectors), (KEYS_SUFFIX, keys)):
+                part = array[start : start + rows]
+                write_atomically(self.folder / (shard + suffix), lambda file, part=part: np.save(file, part))
+        self.refresh()

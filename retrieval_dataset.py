@@ -1,0 +1,128 @@
+"""``RetrievalDataset``, and reading the file formats that datasets come in. Knows no dataset by name."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from errors import UserError
+
+TASK_TYPES = ("classification", "search")
+
+
+@dataclass(frozen=True)
+class RetrievalDataset:
+    """Queries, documents, and which belong together.
+
+    Attributes:
+        name: as in ``--dataset``; for a folder, the folder's name.
+        documents, document_ids: N texts and their unique ids.
+        queries, query_ids: Q texts and their unique ids.
+        relevance: bool csr_array [Q, N]; every relevant pair is a candidate.
+        task_type: "classification" (the instruction is also shown to a judge) or "search".
+        candidates: bool csr_array [Q, N], or None where every document is a candidate of every query.
+        instruction: task instruction for embedding models, or None where instruction_templates.yaml has it.
+    """
+
+    name: str
+    documents: list[str]
+    document_ids: list[str]
+    queries: list[str]
+    query_ids: list[str]
+    relevance: csr_array
+    task_type: str
+    candidates: csr_array | None = None
+    instruction: str | None = None
+
+    @property
+    def topics(self) -> list[str]:
+        """The queries as names of rows in results: unique, with the id behind a text that occurs twice."""
+        seen: dict[str, int] = {}
+        for query in self.queries:
+            seen[query] = seen.get(query, 0) + 1
+        return [q if seen[q] == 1 else f"{q} [{i}]" for q, i in zip(self.queries, self.query_ids, strict=True)]
+
+    def candidate_counts(self) -> np.ndarray:
+        """int64 [Q]: how many candidates each query has."""
+        if self.candidates is None:
+            return np.full(len(self.queries), len(self.documents))
+        return np.diff(self.candidates.indptr).astype(np.int64)
+
+
+def pairs_to_matrix(pairs: Iterable[tuple[int, int]], n_queries: int, n_documents: int) -> csr_array:
+    """(query, document) index pairs, repeats allowed, to a bool csr_array [Q, N] with sorted rows."""
+    array = np.array(sorted(set(pairs)), dtype=np.int64).reshape(-1, 2)
+    values = np.ones(len(array), dtype=bool)
+    return csr_array((values, (array[:, 0], array[:, 1])), shape=(n_queries, n_documents))
+
+
+def join_title(title: str | None, text: str, separator: str = " ") -> str:
+    """Title and text as one document; a missing title leaves no stray separator."""
+    return separator.join(part for part in (title or "", text or "") if part.strip())
+
+
+def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Read a CSV file with a header that has at least ``columns``."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            header = reader.fieldnames or []
+            if missing := [column for column in columns if column not in header]:
+                raise UserError(f"{path}: no column {missing[0]!r}; found {', '.join(header) or 'nothing'}")
+            return list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as CSV ({error})") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object) for each line of a JSON-lines file; blank lines are passed over."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        value = json.loads(line)
+                    except ValueError as error:
+                        raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
+                    if not isinstance(value, dict):
+                        raise UserError(f"{path}:{number}: expected a JSON object, found {type(value).__name__}")
+                    yield number, value
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def read_tsv(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, cells) of a tab-separated file with a header line."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                cells = line.rstrip("\r\n").split("\t")
+                if number == 1 and cells[: len(columns)] != list(columns):
+                    raise UserError(f"{path}:1: expected a header line {' TAB '.join(columns)}, found {line.strip()!r}")
+                if number == 1 or not line.strip():
+                    continue
+                if len(cells) < len(columns):
+                    raise UserError(f"{path}:{number}: expected {' TAB '.join(columns)}, found {line.strip()!r}")
+                yield number, cells
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; a dataset folder needs it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
