@@ -6,7 +6,6 @@ model. To add a model with needs of its own, enter it in ``MODEL_SETTINGS``.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import importlib.metadata
 import logging
@@ -20,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cache_utils import VectorCache, text_keys
+from devices import free_device_memory, is_out_of_memory
 from errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
@@ -177,47 +177,6 @@ def check_packaged_weights(folder: Path) -> None:
         raise UserError(f"{folder}/model.safetensors has sha256 {digest}, expected {PACKAGED_SHA256}; not used")
 
 
-def choose_device(device: str) -> str:
-    """Resolve ``auto`` and check that what is asked for exists.
-
-    Raises:
-        UserError: naming the flag and the devices there are.
-    """
-    import torch
-
-    there = ["cpu"] + (["mps"] if torch.backends.mps.is_available() else [])
-    there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else there[-1]
-    if device in there or (device == "cuda" and torch.cuda.is_available()):
-        return device
-    raise UserError(f"--device: got {device!r}, must be auto or one of {', '.join(there)}")
-
-
-# --- Out of memory ---------------------------------------------------------------------------------------------------
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell an allocation failure, on any device, from other errors."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    message = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
-
-
-def free_device_memory() -> None:
-    """Give back what a failed batch still holds."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    elif torch.backends.mps.is_available():
-        torch.mps.empty_cache()
-
-
 # --- Embedding -------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +187,7 @@ class TextEmbedder:
     Attributes:
         source: which model.
         cache_dir: where vectors are kept.
-        device: as from :func:`choose_device`.
+        device: as from :func:`devices.choose_device`.
         dtype: "auto", "float32", "bfloat16" or "float16".
         batch_size: texts in a batch, see ``FULL_TEXT_TOKENS``.
         max_tokens: texts are cut to this, or to the model's own limit.
@@ -359,6 +318,12 @@ class TextEmbedder:
             return np.array([min(len(text), limit) for text in texts])
         encoded = tokenizer(texts, truncation=True, max_length=limit, padding=False, return_attention_mask=False)
         return np.array([len(ids) for ids in encoded["input_ids"]])
+
+    def unload(self) -> None:
+        """Let go of the model, so that its memory is free for the teacher."""
+        if self._model is not None:
+            self._model = None
+            free_device_memory()
 
     @property
     def model(self) -> Any:

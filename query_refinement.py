@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 KL_EPSILON = 1e-8
+BETA_1, BETA_2, ADAM_EPSILON = 0.9, 0.999, 1e-8
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def refine_queries(
     documents = normalize(document_vectors.float(), dim=-1)
 
     q = query_vectors.float().clone()
-    adam = torch.optim.Adam([q], lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    first_moment, second_moment = torch.zeros_like(q), torch.zeros_like(q)
     losses, steps, trajectory = [], [], []
 
     for step in range(num_steps + 1):
@@ -159,8 +160,12 @@ def refine_queries(
             break
         # cos_i = d̂_i·q / |q|, so ∂L/∂q = (Σ g_i·d̂_i) / |q| − (Σ g_i·cos_i)·q / |q|²
         along_q = -(by_cosine * cosines).sum(-1, keepdim=True) / length**2
-        q.grad = torch.baddbmm((q * along_q).unsqueeze(1), (by_cosine / length).unsqueeze(1), documents).squeeze(1)
-        adam.step()
+        gradient = torch.baddbmm((q * along_q).unsqueeze(1), (by_cosine / length).unsqueeze(1), documents).squeeze(1)
+        # Adam (Kingma and Ba 2015). Written out because importing torch.optim costs more than refining 1,000 queries.
+        first_moment.lerp_(gradient, 1 - BETA_1)
+        second_moment.mul_(BETA_2).addcmul_(gradient, gradient, value=1 - BETA_2)
+        spread = second_moment.div(1 - BETA_2 ** (step + 1)).sqrt_().add_(ADAM_EPSILON)
+        q.addcdiv_(first_moment, spread, value=-lr / (1 - BETA_1 ** (step + 1)))
 
     return Refinement(
         vectors=torch.where(moves, q, query_vectors),

@@ -55,6 +55,17 @@ class RetrievalDataset:
             return np.full(len(self.queries), len(self.documents))
         return np.diff(self.candidates.indptr).astype(np.int64)
 
+    def describe(self) -> dict[str, Any]:
+        """Name and sizes, for ``config.json``."""
+        return {
+            "name": self.name,
+            "queries": len(self.queries),
+            "documents": len(self.documents),
+            "relevant_pairs": int(self.relevance.nnz),
+            "candidate_pairs": int(self.candidate_counts().sum()),
+            "task_type": self.task_type,
+        }
+
 
 def pairs_to_matrix(pairs: Iterable[tuple[int, int]], n_queries: int, n_documents: int) -> csr_array:
     """(query, document) index pairs, repeats allowed, to a bool csr_array [Q, N] with sorted rows."""

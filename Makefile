@@ -1,0 +1,41 @@
+# make demo, make test: each makes .venv first when it is not there. PYTHON=python3.12 make … chooses another Python.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help install demo test lint benchmark clean
+
+help:  ## list what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+
+install: .venv/.run  ## make .venv with what the scripts need
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+
+.venv/.run: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/.dev: requirements.txt requirements-dev.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ .venv/.run
+
+demo: .venv/.run  ## the main job on the Demo dataset: real model, gold teacher, results in output/
+	$(BIN)/python embedding_adaptation.py --dataset Demo --embedding_model sentence-transformers/all-MiniLM-L6-v2 \
+		--optimize_with_gold --experiment_name demo
+
+test: .venv/.dev  ## the test suite
+	$(BIN)/python -m pytest
+
+lint: .venv/.dev  ## ruff, with the rules of pyproject.toml
+	$(BIN)/python -m ruff check .
+
+benchmark: .venv/.dev  ## the numbers of the README; needs --data_dir with Clinc150 and Banking77 for some of them
+	$(BIN)/python benchmarks/refinement_speed.py
+	$(BIN)/python benchmarks/embedding_speed.py
+	$(BIN)/python benchmarks/second_run.py
+	$(BIN)/python benchmarks/large_corpus.py
+
+clean:  ## remove .venv and the cache; results stay
+	rm -rf .venv cache

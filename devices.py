@@ -1,0 +1,45 @@
+"""Where models run: choosing a device, and telling when its memory runs out. Knows no model."""
+
+from __future__ import annotations
+
+import gc
+
+from errors import UserError
+
+
+def choose_device(device: str) -> str:
+    """Resolve ``auto`` and check that what is asked for exists.
+
+    Raises:
+        UserError: naming the flag and the devices there are.
+    """
+    import torch
+
+    there = ["cpu"] + (["mps"] if torch.backends.mps.is_available() else [])
+    there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else there[-1]
+    if device in there or (device == "cuda" and torch.cuda.is_available()):
+        return device
+    raise UserError(f"--device: got {device!r}, must be auto or one of {', '.join(there)}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell an allocation failure, on any device, from other errors."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
+
+
+def free_device_memory() -> None:
+    """Give back what a failed batch still holds."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()

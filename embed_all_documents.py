@@ -1,0 +1,71 @@
+"""Fill the vector cache ahead of time: the vectors and keys that a run would make, so the run embeds nothing.
+
+    python embed_all_documents.py --dataset Clinc150 --embedding_model Qwen/Qwen3-Embedding-0.6B --batch_size 32
+
+May be started several times at once on one cache: the processes share the work. A killed one loses its last chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import time
+from pathlib import Path
+
+from dataset_loaders import check_dataset_name, load_dataset
+from devices import choose_device
+from embedding_adaptation import make_embedder
+from errors import RunError, run_command
+from experiment_config import OneLineParser, add_flags, build_config, parse_known_flags
+from instruction_templates import read_templates, templates_for
+from results import check_writable
+from run_log import start_logging
+
+logger = logging.getLogger(__name__)
+FLAGS = (
+    "dataset",
+    "embedding_model",
+    "embedding_model_revision",
+    "embedder_batch_size",
+    "embedder_dtype",
+    "embedder_max_tokens",
+    "trust_remote_code",
+    "device",
+    "instruction_templates",
+    "cache_dir",
+    "data_dir",
+)
+
+
+def main() -> None:
+    """Embed the documents and queries of one dataset with one model."""
+    parser = OneLineParser(description="Embed a dataset's documents and queries into the cache.", allow_abbrev=False)
+    add_flags(parser, FLAGS, aliases={"embedder_batch_size": "--batch_size"})
+    config = build_config(parse_known_flags(parser, sys.argv[1:]))
+    start_logging()
+    check_dataset_name(config.dataset)
+    check_writable("--cache_dir", Path(config.cache_dir))
+    templates = templates_for(read_templates(config.instruction_templates), config.embedding_model, config.dataset)
+    device = choose_device(config.device)
+    dataset = load_dataset(config.dataset, config.data_dir)
+    if dataset.instruction:
+        templates = dataclasses.replace(templates, instruction=dataset.instruction)
+    embedder = make_embedder(config, device)
+
+    started = time.perf_counter()
+    try:
+        embedder.fill_cache([templates.fill_document(text) for text in dataset.documents], "document")
+        embedder.fill_cache([templates.fill_query(text) for text in dataset.queries], "query")
+    except OSError as error:
+        where = error.filename or config.cache_dir
+        raise RunError(f"{where}: {error.strerror or error}; finished vectors are kept, the same command goes on") from None
+    counts = embedder.counts
+    print(
+        f"{dataset.name}, {embedder.source.name}: {counts['embedded']} texts embedded, {counts['cached']} were there, "
+        f"{time.perf_counter() - started:.1f} s; vectors: {embedder.cache.folder}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
