@@ -23,7 +23,7 @@ import numpy as np
 logger = logging.getLogger(__name__)
 KEYS_SUFFIX, VECTORS_SUFFIX = ".keys.npy", ".vectors.npy"
 # A reader maps one shard at a time beside the matrix it fills, so a shard's size is also the reader's overhead.
-SHARD_BYTES = 64 * 2**20
+SHARD_BYTES = 16 * 2**20
 
 
 def text_keys(texts: Iterable[str], role: str) -> np.ndarray:
@@ -40,9 +40,9 @@ def text_keys(texts: Iterable[str], role: str) -> np.ndarray:
     digests = bytearray()
     for text in texts:
         digest = start.copy()
-        digest.update(text.encode("utf-8", "surrogatepass"))
+        digest.update(text.encode())
         digests += digest.digest()
-    return np.frombuffer(bytes(digests), dtype=np.uint64).reshape(-1, 2)
+    return np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)
 
 
 def slug(text: str, length: int = 40) -> str:
@@ -182,7 +182,7 @@ class VectorCache:
         return vectors
 
     def add(self, keys: np.ndarray, vectors: np.ndarray) -> None:
-        """Store vectors as one new shard (several above 64 MiB); they are on disk when this returns.
+        """Store vectors as one new shard (several above 16 MiB); they are on disk when this returns.
 
         Args:
             keys: uint64 [n, 2].

@@ -18,7 +18,7 @@ from typing import Any
 
 from scipy.sparse import csr_array
 
-from downloads import fetch, open_zip
+from downloads import fetch, hub_is_reachable, open_zip
 from errors import UserError
 from folder_dataset import load_folder
 from retrieval_dataset import RetrievalDataset, join_title, pairs_to_matrix, read_csv, read_json, read_json_lines
@@ -180,11 +180,13 @@ def hub_folder(data_dir: Path, repository: str) -> Path | None:
 
 def hub_table(data_dir: Path, repository: str, config: str | None, split: str = "test") -> Any:
     """One table of a hub dataset (a ``datasets.Dataset``), from its local copy or the hub at its pinned revision."""
+    folder = hub_folder(data_dir, repository)
+    where = folder or f"hub dataset {repository}"
+    if not folder:
+        hub_is_reachable()  # before the import: offline, the library then looks into its own cache at once
     import datasets
 
     datasets.disable_progress_bars()
-    folder = hub_folder(data_dir, repository)
-    where = folder or f"hub dataset {repository}"
     try:
         if folder:
             parts = datasets.load_dataset(str(folder), config)
@@ -398,6 +400,21 @@ def load_dataset(dataset: str, data_dir: Path | str) -> RetrievalDataset:
     for what, texts in (("document", loaded.documents), ("query", loaded.queries)):
         if not texts:
             raise UserError(f"{dataset}: no {what} in it")
+        if repaired := _repair_unicode(texts):
+            logger.warning("%s: %d texts held broken Unicode, now shown as '?'", dataset, repaired)
     if loaded.relevance.nnz == 0:
         raise UserError(f"{dataset}: no query has a relevant document, so nothing can be measured")
     return loaded
+
+
+def _repair_unicode(texts: list[str]) -> int:
+    """Replace halves of surrogate pairs (cut-off emoji, say), which no tokenizer or file takes; returns how many."""
+    repaired = 0
+    for i, text in enumerate(texts):
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                texts[i] = text.encode("utf-8", "replace").decode()
+                repaired += 1
+    return repaired

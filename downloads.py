@@ -1,4 +1,4 @@
-"""Fetching a dataset's files: whole or not at all. Knows no dataset.
+"""Fetching files: whole or not at all; and whether the model hub can be asked. Knows no dataset and no model.
 
 A file comes to a temporary name of this process, is checked, and is renamed into place; so two processes may fetch
 the same file at once, and what lies under its final name is always complete.
@@ -6,9 +6,11 @@ the same file at once, and what lies under its final name is always complete.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +25,7 @@ from errors import UserError
 logger = logging.getLogger(__name__)
 TRIES = 3
 TIMEOUT_SECONDS = 30
+HUB_TIMEOUT_SECONDS = 10
 CHUNK_BYTES = 1 << 20
 
 
@@ -40,10 +43,6 @@ def fetch(url: str, target: Path, sha256: str | None = None) -> Path:
     if target.exists():
         return target
     by_hand = f"or put the file at {target} yourself"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--data_dir: cannot make {target.parent}: {error.strerror}") from None
     temporary = target.with_name(f".{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     logger.info("downloading %s", url)
     try:
@@ -51,7 +50,9 @@ def fetch(url: str, target: Path, sha256: str | None = None) -> Path:
             try:
                 digest = _download(url, temporary)
                 break
-            except (OSError, urllib.error.URLError) as error:
+            except OSError as error:  # urllib's errors are among these
+                if error.filename:
+                    raise UserError(f"--data_dir: {error.filename} cannot be written ({error.strerror})") from None
                 reason = getattr(error, "reason", None) or error
                 hopeless = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
                 if attempt == TRIES or hopeless:
@@ -69,21 +70,46 @@ def _download(url: str, path: Path) -> str:
     """Fetch ``url`` to ``path`` with a progress bar; return its sha256."""
     request = urllib.request.Request(url, headers={"User-Agent": "embedding-adaptation"})
     digest = hashlib.sha256()
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response, open(path, "wb") as file:
+    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
         announced = response.headers.get("Content-Length")
         total = int(announced) if announced else None
-        with tqdm(total=total, unit="B", unit_scale=True, desc=path.name.split(".")[1], disable=None) as bar:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name.split(".")[1], disable=None)
+        with open(path, "wb") as file, bar:
             received = 0
             while chunk := response.read(CHUNK_BYTES):
                 file.write(chunk)
                 digest.update(chunk)
                 received += len(chunk)
                 bar.update(len(chunk))
-        if total is not None and received != total:
-            raise OSError(f"connection closed after {received} of {total} bytes")
-        file.flush()
-        os.fsync(file.fileno())
+            file.flush()
+            os.fsync(file.fileno())
+    if total is not None and received != total:
+        raise OSError(f"connection closed after {received} of {total} bytes")
     return digest.hexdigest()
+
+
+@functools.cache
+def hub_is_reachable() -> bool:
+    """Ask the model hub once a process; when it does not answer, put its libraries into offline mode.
+
+    Those libraries would retry every file of a model for half a minute before they look into their local cache.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return False
+    try:
+        with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT_SECONDS):
+            return True
+    except urllib.error.HTTPError:
+        return True  # it answered
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        logger.info("%s does not answer (%s): using what lies on this machine", endpoint, reason)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if constants := sys.modules.get("huggingface_hub.constants"):
+        constants.HF_HUB_OFFLINE = True
+    return False
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:

@@ -40,7 +40,11 @@ FLAGS = (
 
 def main() -> None:
     """Embed the documents and queries of one dataset with one model."""
-    parser = OneLineParser(description="Embed a dataset's documents and queries into the cache.", allow_abbrev=False)
+    parser = OneLineParser(
+        description="Embed a dataset's documents and queries into the cache, ahead of the runs that need them.",
+        usage="%(prog)s [--flag VALUE ...]",
+        allow_abbrev=False,
+    )
     add_flags(parser, FLAGS, aliases={"embedder_batch_size": "--batch_size"})
     config = build_config(parse_known_flags(parser, sys.argv[1:]))
     start_logging()
@@ -59,7 +63,8 @@ def main() -> None:
         embedder.fill_cache([templates.fill_query(text) for text in dataset.queries], "query")
     except OSError as error:
         where = error.filename or config.cache_dir
-        raise RunError(f"{where}: {error.strerror or error}; finished vectors are kept, the same command goes on") from None
+        reason = error.strerror or error
+        raise RunError(f"{where}: {reason}; finished vectors are kept, the same command goes on") from None
     counts = embedder.counts
     print(
         f"{dataset.name}, {embedder.source.name}: {counts['embedded']} texts embedded, {counts['cached']} were there, "

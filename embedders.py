@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from cache_utils import VectorCache, text_keys
 from devices import free_device_memory, is_out_of_memory
+from downloads import hub_is_reachable
 from errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
@@ -82,15 +83,17 @@ class ModelSource:
     identity: str
 
 
-def find_model(name: str, revision: str = "main") -> ModelSource:
+def find_model(name: str, revision: str = "main", trust_remote_code: bool = False) -> ModelSource:
     """Find out which model a name stands for, without loading it.
 
     A folder is taken as it is. A hub name is looked for in the hub's local cache; all-MiniLM-L6-v2 next in its
     packaged copy, which has the same weights; then on the hub itself.
 
     Raises:
-        UserError: there is no such model, or it cannot be reached.
+        UserError: there is no such model, it cannot be reached, or it is known to need remote code that is not trusted.
     """
+    if MODEL_SETTINGS.get(name, ModelSettings()).remote_code and not trust_remote_code:
+        raise UserError(_remote_code_message(name))
     path = Path(name).expanduser()
     if path.is_dir():
         if not any((path / file).exists() for file in ("modules.json", "config.json")):
@@ -132,6 +135,9 @@ def _cached_commit(name: str, revision: str) -> str | None:
 
 
 def _commit_on_hub(name: str, revision: str) -> str:
+    missing = f"--embedding_model: {name} is no folder and not in the hub's local cache, and the hub"
+    if not hub_is_reachable():
+        raise UserError(f"{missing} cannot be reached; check the network")
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -140,18 +146,11 @@ def _commit_on_hub(name: str, revision: str) -> str:
             path = huggingface_hub.hf_hub_download(name, "modules.json", revision=revision)
         except errors.RemoteEntryNotFoundError:
             path = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise UserError(f"--embedding_model: {name!r} is neither a folder nor a model on the hub") from None
     except errors.RevisionNotFoundError:
         raise UserError(f"--embedding_model_revision: {name} has no revision {revision!r}") from None
-    except errors.RemoteEntryNotFoundError:
-        raise UserError(f"--embedding_model: {name} on the hub has no modules.json or config.json") from None
-    except Exception as error:  # network failures come in the types of several libraries
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"--embedding_model: {name!r} is no folder, is not in the hub's local cache, and the hub cannot be reached "
-            f"({reason})"
-        ) from None
+    except Exception as error:  # no such model, no permission, no network: in the types of several libraries
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{missing} does not give it ({type(error).__name__}: {reason})") from None
     return Path(path).parent.name
 
 
@@ -206,8 +205,6 @@ class TextEmbedder:
 
     def __post_init__(self) -> None:
         self.settings = MODEL_SETTINGS.get(self.source.name, ModelSettings())
-        if self.settings.remote_code and not self.trust_remote_code:
-            raise UserError(_remote_code_message(self.source.name))
         if self.dtype == "auto":
             self.dtype = self.settings.dtype
         self.cache = VectorCache(
@@ -298,7 +295,8 @@ class TextEmbedder:
                         f"a text of {longest} tokens alone does not fit into the memory of {self.device}; lower "
                         "--embedder_max_tokens or use another --device or --embedder_dtype (finished texts are kept)"
                     ) from None
-                self._halvings += 1
+                while full >> self._halvings > len(batch) // 2:
+                    self._halvings += 1
             else:
                 parts.append(vectors.float().cpu().numpy())
                 done += len(batch)
@@ -336,6 +334,8 @@ class TextEmbedder:
         logger.info("loading %s (%s, %s, %s)", self.source.name, self.source.identity, self.dtype, self.device)
         if self.source.identity == f"sha256 {PACKAGED_SHA256}":
             check_packaged_weights(Path(self.source.location))
+        if self.source.revision:
+            hub_is_reachable()  # before the imports: offline, the libraries then look into their own cache at once
         import sentence_transformers
         import torch
         import transformers

@@ -180,16 +180,19 @@ def score_blocks(queries: np.ndarray, documents: np.ndarray) -> Iterator[tuple[s
         documents: float32 [N, D], of unit length.
 
     Yields:
-        which queries, and float32 [B, N].
+        which queries, and float32 [B, N], whose memory the next block takes over.
     """
     import torch
 
     unit_queries = torch.from_numpy(unit_length(queries.copy()))
     transposed = torch.from_numpy(documents).T
-    size = max(1, BLOCK_SCORES // len(documents))
+    size = min(len(queries), max(1, BLOCK_SCORES // len(documents)))
+    scores = torch.empty(size, len(documents))
     for start in range(0, len(queries), size):
         rows = slice(start, min(start + size, len(queries)))
-        yield rows, (unit_queries[rows] @ transposed).numpy()
+        block = scores[: rows.stop - rows.start]
+        torch.matmul(unit_queries[rows], transposed, out=block)
+        yield rows, block.numpy()
 
 
 def candidate_scores(
@@ -294,7 +297,7 @@ def evaluate(
 def make_embedder(config: ExperimentConfig, device: str) -> TextEmbedder:
     """The embedding model that the flags name."""
     return TextEmbedder(
-        source=find_model(config.embedding_model, config.embedding_model_revision),
+        source=find_model(config.embedding_model, config.embedding_model_revision, config.trust_remote_code),
         cache_dir=config.cache_dir,
         device=device,
         dtype=config.embedder_dtype,

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -229,7 +230,7 @@ def add_flags(
             *options,
             dest=field.name,
             default=argparse.SUPPRESS,
-            metavar="True|False" if is_switch else _value_type(field).__name__.upper(),
+            metavar={bool: "True|False", int: "N", float: "X", str: "TEXT"}[_value_type(field)],
             help=f"{field.metadata['help']} (default: {shown})".replace("%", "%%"),
             **({"nargs": "?", "const": "True"} if is_switch else {}),
         )
@@ -245,8 +246,11 @@ def parse_known_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> d
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         lines = []
-        for word in unknown:
-            near = difflib.get_close_matches(word.split("=")[0], known, n=1)
+        # argparse lists a value behind an unknown flag as a word of its own
+        for before, word in itertools.pairwise(["", *unknown]):
+            if before.startswith("-") and not word.startswith("-"):
+                continue
+            near = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.7)
             hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
             lines.append(f"unknown {'flag' if word.startswith('-') else 'argument'} {word!r}; {hint}")
         raise UserError("\n".join(lines))
@@ -255,7 +259,7 @@ def parse_known_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> d
 
 def parse_arguments(description: str, argv: Sequence[str] | None = None) -> ExperimentConfig:
     """Read the command line of a script that takes every experiment flag."""
-    parser = OneLineParser(description=description, allow_abbrev=False)
+    parser = OneLineParser(description=description, usage="%(prog)s [--flag VALUE ...]", allow_abbrev=False)
     add_flags(parser)
     return build_config(parse_known_flags(parser, sys.argv[1:] if argv is None else argv))
 
@@ -263,4 +267,4 @@ def parse_arguments(description: str, argv: Sequence[str] | None = None) -> Expe
 def short_hash(value: Any) -> str:
     """Eight hexadecimal digits over a JSON-able value; the same on every machine and in every process."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).hexdigest()
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from devices import free_device_memory, is_out_of_memory
+from downloads import hub_is_reachable
 from errors import RunError, UserError
 from experiment_config import ExperimentConfig
 from retrieval_dataset import RetrievalDataset
@@ -75,6 +76,8 @@ class CrossEncoderReranker:
         Raises:
             UserError: the model cannot be had, needs remote code, or gives more than one score a pair.
         """
+        if not Path(self.name).is_dir():
+            hub_is_reachable()  # before the imports: offline, the libraries then look into their own cache at once
         import sentence_transformers
         import transformers
 

@@ -72,7 +72,7 @@ def package_versions() -> dict[str, str]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file in one step; NaN becomes null."""
     text = json.dumps(_without_nan(content), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, lambda file: file.write(text.encode("utf-8", "replace") + b"\n"))
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogateescape") + b"\n"))
 
 
 def _without_nan(value: Any) -> Any:
@@ -126,7 +126,7 @@ class RunFolder:
             values = (column[i] for column in metrics.values())
             row = ["" if math.isnan(value) else f"{value:.6f}" for value in values]
             writer.writerow([topic, *row, query_id, *("" if v is None else v for v in flags.values())])
-        content = text.getvalue().encode("utf-8", "replace")
+        content = text.getvalue().encode()
         write_atomically(self.folder / f"{variant}_results.csv", lambda file: file.write(content))
 
     def write_tensors(self, variant: str, tensors: dict[str, Any]) -> None:
@@ -156,8 +156,7 @@ class RawScoresWriter:
     def __init__(self, path: Path, dataset: RetrievalDataset) -> None:
         self._dataset = dataset
         self._dictionaries = [
-            pa.array([text.encode("utf-8", "replace").decode() for text in texts], pa.string())
-            for texts in (dataset.topics, dataset.document_ids, dataset.documents)
+            pa.array(texts, pa.string()) for texts in (dataset.topics, dataset.document_ids, dataset.documents)
         ]
         self._file = pq.ParquetWriter(
             path,

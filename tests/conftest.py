@@ -1,0 +1,87 @@
+"""Fixtures: real data where it lies, tiny models made here, and the scripts run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and none may wait for it
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def run_script(script, *arguments, cwd=ROOT, check=True, **options):
+    """Run one of the project's scripts in a process of its own, as on a command line."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, **options)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def write_folder_dataset(folder, documents, queries, qrels, candidates=None, yaml_text=None):
+    """Write a dataset folder; documents and queries are {id: text}, qrels is [(query, document, score)]."""
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    for name, texts in (("corpus", documents), ("queries", queries)):
+        lines = [json.dumps({"_id": i, "text": text}) for i, text in texts.items()]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    rows = ["query-id\tcorpus-id\tscore", *("\t".join(map(str, row)) for row in qrels)]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(rows) + "\n")
+    if candidates is not None:
+        (folder / "candidates.tsv").write_text("\n".join(["query-id\tcorpus-id", *map("\t".join, candidates)]) + "\n")
+    if yaml_text is not None:
+        (folder / "dataset.yaml").write_text(yaml_text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_datasets():
+    """The real upstream files of three datasets."""
+    if not (SHARED / "datasets").is_dir():
+        pytest.skip(f"needs the upstream dataset files in {SHARED / 'datasets'}, which are not part of the project")
+    return SHARED / "datasets"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Reference figures of the paper's public code."""
+    if not (SHARED / "golden").is_dir():
+        pytest.skip(f"needs the reference figures in {SHARED / 'golden'}, which are not part of the project")
+    return SHARED / "golden"
+
+
+@pytest.fixture(scope="session")
+def minilm_cache():
+    """Vectors of the real model, kept between test runs; the keys hold everything that makes a vector."""
+    return ROOT / "cache" / "tests"
+
+
+WORDS = [
+    *("the", "a", "of", "to", "bicycle", "brake", "battery", "lake", "hotel", "rain"),
+    *("key", "lock", "child", "late", "early", "morning", "never", "always", "with", "without"),
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """Random models of the default models' architectures, saved as sentence-transformers folders: {name: path}."""
+    import torch
+    from tiny_models import save_tiny_models
+
+    torch.manual_seed(0)
+    return save_tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def small_folder(tmp_path):
+    """A dataset folder of 60 documents and 6 queries, 5 relevant documents each."""
+    documents = {f"d{i}": f"{WORDS[i % 20]} {WORDS[(i * 7) % 20]} number {i}" for i in range(60)}
+    queries = {f"q{j}": f"{WORDS[j]} {WORDS[j + 3]}" for j in range(6)}
+    qrels = [(f"q{j}", f"d{i}", 1) for j in range(6) for i in range(j, 60, 12)]
+    return write_folder_dataset(tmp_path / "small", documents, queries, qrels)

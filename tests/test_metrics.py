@@ -1,0 +1,72 @@
+"""Metrics against ir_measures and scikit-learn, with and without ties."""
+
+import math
+
+import ir_measures
+import numpy as np
+import pytest
+from ir_measures import AP, RR, P, R, Success, nDCG
+from sklearn.metrics import roc_auc_score
+
+from metrics import CUTOFFS, METRICS, mean_metrics, query_metrics, top_documents
+
+MEASURES = {
+    "map": AP,
+    "mrr": RR,
+    "ndcg_at_10": nDCG @ 10,
+    **{f"precision_at_{k}": P @ k for k in CUTOFFS},
+    **{f"recall_at_{k}": R @ k for k in CUTOFFS},
+    **{f"match_at_{k}": Success @ k for k in CUTOFFS},
+}
+
+
+def by_ir_measures(scores, relevant):
+    """Ties are broken by document order: ir_measures gets the stable ranking as distinct scores."""
+    order = np.argsort(-scores, kind="stable")
+    run = {"q": {f"d{document:06d}": float(len(scores) - rank) for rank, document in enumerate(order)}}
+    qrels = {"q": {f"d{document:06d}": 1 for document in relevant}}
+    found = ir_measures.calc_aggregate(list(MEASURES.values()), qrels, run)
+    return {name: found[measure] for name, measure in MEASURES.items()}
+
+
+@pytest.mark.parametrize("n", [2, 7, 12, 60, 500])
+@pytest.mark.parametrize("distinct", [1, 3, 25, None])
+@pytest.mark.parametrize("seed", range(3))
+def test_agree_with_ir_measures_and_scikit_learn(n, distinct, seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.standard_normal(n).astype(np.float32)
+    if distinct:
+        scores = rng.choice(rng.standard_normal(distinct), n).astype(np.float32)
+    relevant = np.sort(rng.choice(n, rng.integers(1, n), replace=False))
+    found = query_metrics(scores, relevant)
+    for name, expected in by_ir_measures(scores, relevant).items():
+        assert found[name] == pytest.approx(expected, abs=1e-9), name
+    labels = np.isin(np.arange(n), relevant)
+    assert found["roc_auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
+    assert list(found) == list(METRICS)
+
+
+def test_without_relevant_documents_there_is_no_metric_and_no_part_in_the_mean():
+    empty = query_metrics(np.array([0.3, 0.1], dtype=np.float32), np.array([], dtype=int))
+    assert all(math.isnan(value) for value in empty.values())
+    assert mean_metrics({"map": np.array([0.5, math.nan, 1.0])}) == {"map": 0.75}
+    assert math.isnan(mean_metrics({"map": np.array([math.nan])})["map"])
+
+
+def test_without_irrelevant_documents_only_the_auc_is_undefined():
+    found = query_metrics(np.array([0.3, 0.1], dtype=np.float32), np.array([0, 1]))
+    assert math.isnan(found.pop("roc_auc"))
+    assert found["map"] == 1.0
+    assert found["precision_at_5"] == pytest.approx(2 / 5)
+
+
+@pytest.mark.parametrize("n", [1, 5, 300])
+@pytest.mark.parametrize("distinct", [1, 4, None])
+def test_top_documents_are_the_head_of_a_stable_sort(n, distinct):
+    rng = np.random.default_rng(n)
+    scores = rng.standard_normal(n).astype(np.float32)
+    if distinct:
+        scores = rng.choice(rng.standard_normal(distinct), n).astype(np.float32)
+    whole = np.argsort(-scores, kind="stable")
+    for ranks in (np.arange(min(n, 20)), rng.permutation(n), np.array([], dtype=int)):
+        assert np.array_equal(top_documents(scores, ranks), whole[ranks])

@@ -1,0 +1,168 @@
+"""The method against plain automatic differentiation, and the laws it obeys."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from query_refinement import refine_queries
+
+REFIT = {"normalise_scores": True, "normalise_cosines": True, "teacher_temperature": 2.0}
+
+
+def plain_refinement(q0, documents, scores, lr=1e-4, num_steps=100, refit=False):
+    """One query, autograd and torch's Adam: the definition, word for word."""
+    keep = ~scores.isnan()
+    documents, scores = documents[keep], scores[keep]
+    q = q0.clone().requires_grad_(True)
+    adam = torch.optim.Adam([q], lr=lr)
+    if refit:
+        scores = (scores - scores.min()) / (scores.max() - scores.min()) / 2
+    p = torch.softmax(scores, -1)
+    losses = []
+    for _ in range(num_steps):
+        cosines = torch.nn.functional.cosine_similarity(q[None], documents)
+        if refit:
+            cosines = (cosines - cosines.amin()) / (cosines.amax() - cosines.amin())
+        s = torch.softmax(cosines, -1)
+        loss = (p * torch.log((p + 1e-8) / (s + 1e-8))).sum()
+        losses.append(loss.item())
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return q.detach(), losses
+
+
+def problem(n_queries=7, n_documents=20, dimension=48, seed=0, missing=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.nn.functional.normalize(torch.randn(n_queries, dimension, generator=generator), dim=-1)
+    documents = torch.randn(n_queries, n_documents, dimension, generator=generator) + queries[:, None]
+    scores = torch.rand(n_queries, n_documents, generator=generator) * 3
+    scores[torch.rand(scores.shape, generator=generator) < missing] = float("nan")
+    return queries, documents, scores
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.3])
+def test_equals_autograd_and_adam(missing):
+    queries, documents, scores = problem(missing=missing)
+    refined = refine_queries(queries, documents, scores)
+    for i in range(len(queries)):
+        expected, _ = plain_refinement(queries[i], documents[i], scores[i])
+        assert torch.allclose(refined.vectors[i], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("missing", [0.0, 0.3])
+def test_refit_equals_autograd_through_the_min_max_normalisation(missing):
+    queries, documents, scores = problem(missing=missing)
+    refined = refine_queries(queries, documents, scores, lr=0.005, num_steps=50, **REFIT)
+    for i in range(len(queries)):
+        expected, _ = plain_refinement(queries[i], documents[i], scores[i], lr=0.005, num_steps=50, refit=True)
+        assert torch.allclose(refined.vectors[i], expected, atol=2e-4)
+
+
+def test_refit_gradient_of_equal_minima_is_autograds():
+    queries, documents, scores = problem(n_queries=1, n_documents=5)
+    documents[0, 1] = documents[0, 0]  # two documents share the lowest or highest cosine, or neither: all are tried
+    for low in (True, False):
+        order = torch.argsort(torch.nn.functional.cosine_similarity(queries, documents[0]), descending=not low)
+        tied = documents.clone()
+        tied[0, order[1]] = tied[0, order[0]]
+        one_step = refine_queries(queries, tied, scores, lr=0.005, num_steps=1, **REFIT).vectors[0]
+        expected, _ = plain_refinement(queries[0], tied[0], scores[0], lr=0.005, num_steps=1, refit=True)
+        assert torch.allclose(one_step, expected, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n_queries=st.integers(2, 9),
+    n_documents=st.integers(2, 25),
+    dimension=st.integers(3, 70),
+    seed=st.integers(0, 10_000),
+    missing=st.sampled_from([0.0, 0.2, 0.6]),
+    refit=st.booleans(),
+)
+def test_batched_equals_one_by_one(n_queries, n_documents, dimension, seed, missing, refit):
+    queries, documents, scores = problem(n_queries, n_documents, dimension, seed, missing)
+    options = REFIT if refit else {}
+    together = refine_queries(queries, documents, scores, **options).vectors
+    for i in range(n_queries):
+        alone = refine_queries(queries[i : i + 1], documents[i : i + 1], scores[i : i + 1], **options).vectors[0]
+        assert (together[i] - alone).abs().max() <= 1e-5
+
+
+def test_a_missing_score_is_a_document_left_out():
+    queries, documents, scores = problem(n_queries=1, missing=0.4)
+    keep = ~scores[0].isnan()
+    with_gaps = refine_queries(queries, documents, scores).vectors
+    without = refine_queries(queries, documents[:, keep], scores[:, keep]).vectors
+    assert torch.allclose(with_gaps, without, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, REFIT])
+def test_fewer_than_two_scores_keep_the_query_to_the_bit(options):
+    queries, documents, scores = problem(n_queries=3)
+    scores[0] = float("nan")
+    scores[1, 1:] = float("nan")
+    refined = refine_queries(queries, documents, scores, trajectory_every=10, **options)
+    assert torch.equal(refined.vectors[:2], queries[:2])
+    assert not torch.equal(refined.vectors[2], queries[2])
+    assert refined.losses[:, :2].abs().max() == 0
+    assert refined.vectors.isfinite().all()
+
+
+def test_the_order_of_documents_does_not_matter():
+    queries, documents, scores = problem()
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
+    shuffled = refine_queries(queries, documents[:, order], scores[:, order]).vectors
+    assert torch.allclose(refine_queries(queries, documents, scores).vectors, shuffled, atol=1e-6)
+
+
+def test_lengths_of_documents_do_not_matter():
+    queries, documents, scores = problem()
+    longer = documents * torch.linspace(0.1, 30, 20)[None, :, None]
+    assert torch.allclose(
+        refine_queries(queries, documents, scores).vectors, refine_queries(queries, longer, scores).vectors, atol=1e-6
+    )
+
+
+def test_no_steps_leave_every_query_where_it_was():
+    queries, documents, scores = problem()
+    assert torch.equal(refine_queries(queries, documents, scores, num_steps=0).vectors, queries)
+
+
+def test_inputs_are_not_changed():
+    queries, documents, scores = problem(missing=0.3)
+    copies = queries.clone(), documents.clone(), scores.clone()
+    refine_queries(queries, documents, scores)
+    assert torch.equal(queries, copies[0])
+    assert torch.equal(documents, copies[1])
+    assert np.array_equal(scores, copies[2], equal_nan=True)
+
+
+def test_trajectory_and_losses():
+    queries, documents, scores = problem()
+    refined = refine_queries(queries, documents, scores, num_steps=25, trajectory_every=10)
+    assert refined.steps == (0, 10, 20, 25)
+    assert torch.equal(refined.trajectory[0], queries)
+    assert torch.equal(refined.trajectory[-1], refined.vectors)
+    assert torch.allclose(
+        refined.trajectory[1], refine_queries(queries, documents, scores, num_steps=10).vectors, atol=1e-7
+    )
+    _, expected = plain_refinement(queries[0], documents[0], scores[0], num_steps=25)
+    assert refined.losses.shape == (26, 7)
+    assert np.allclose(refined.losses[:-1, 0], expected, atol=1e-6)
+    assert (refined.losses[-1] < refined.losses[0]).all()
+
+
+def test_refined_vectors_can_go_on_into_autograd():
+    queries, documents, scores = problem()
+    layer = torch.nn.Linear(48, 2)
+    layer(refine_queries(queries, documents, scores).vectors).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_shapes_that_do_not_fit_are_told():
+    queries, documents, scores = problem()
+    with pytest.raises(ValueError, match=r"\[7, K, 48\].*\(6, 20, 48\)"):
+        refine_queries(queries, documents[:6], scores)
