@@ -51,7 +51,7 @@ def fetch(url: str, target: Path, sha256: str | None = None) -> Path:
                 digest = _download(url, temporary)
                 break
             except OSError as error:  # urllib's errors are among these
-                if error.filename:
+                if error.filename and not isinstance(error, urllib.error.URLError):
                     raise UserError(f"--data_dir: {error.filename} cannot be written ({error.strerror})") from None
                 reason = getattr(error, "reason", None) or error
                 hopeless = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429

@@ -30,10 +30,11 @@ FALSE_WORDS = ("false", "0", "no")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a flag allows: a test of the parsed value and the words that finish 'must be …'."""
+    """What a flag allows: a test of the value, the words that finish 'must be …', and the names where they are few."""
 
     accepts: Callable[[Any], bool]
     allowed: str
+    names: tuple[str, ...] = ()
 
 
 POSITIVE_NUMBER = Rule(lambda value: math.isfinite(value) and value > 0, "a finite number above 0")
@@ -48,7 +49,7 @@ FOLDER_NAME = Rule(
 
 def one_of(*names: str) -> Rule:
     """A rule for a value that is one of ``names``."""
-    return Rule(lambda value: value in names, "one of " + ", ".join(names))
+    return Rule(lambda value: value in names, "one of " + ", ".join(names), names)
 
 
 def flag(default: Any, help: str, rule: Rule | None = None, *, changes_results: bool = True) -> Any:  # noqa: A002
@@ -155,6 +156,13 @@ def _value_type(field: dataclasses.Field) -> type:
     return hint
 
 
+def shown_default(field: dataclasses.Field) -> str:
+    """The default of a flag as people read it, in ``--help`` and in the README."""
+    if field.default is None:
+        return "not set"
+    return Path(field.default).name if field.name == "instruction_templates" else str(field.default)
+
+
 def parse_value(field: dataclasses.Field, text: str) -> Any:
     """Turn the text given for a flag into its value and check it.
 
@@ -224,14 +232,14 @@ def add_flags(
         if field.name not in wanted:
             continue
         options = [f"--{field.name}"] + ([aliases[field.name]] if aliases and field.name in aliases else [])
-        is_switch = _value_type(field) is bool
-        shown = "instruction_templates.yaml" if field.name == "instruction_templates" else field.default
+        is_switch, rule = _value_type(field) is bool, field.metadata["rule"]
+        names = "|".join(rule.names) if rule else ""
         parser.add_argument(
             *options,
             dest=field.name,
             default=argparse.SUPPRESS,
-            metavar={bool: "True|False", int: "N", float: "X", str: "TEXT"}[_value_type(field)],
-            help=f"{field.metadata['help']} (default: {shown})".replace("%", "%%"),
+            metavar=names or {bool: "True|False", int: "N", float: "X", str: "TEXT"}[_value_type(field)],
+            help=f"{field.metadata['help']} (default: {shown_default(field)})".replace("%", "%%"),
             **({"nargs": "?", "const": "True"} if is_switch else {}),
         )
 

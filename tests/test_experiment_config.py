@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, run_script
 
 from errors import UserError
-from experiment_config import ExperimentConfig, build_config, fields, parse_arguments
+from experiment_config import ExperimentConfig, build_config, fields, parse_arguments, shown_default
 
 
 def parse(*arguments):
@@ -110,8 +110,7 @@ def test_the_readme_lists_exactly_the_flags_there_are():
     found = {name: (default, meaning) for name, default, meaning in rows}
     assert list(found) == [f.name for f in fields()]
     for field in fields():
-        shown = "instruction_templates.yaml" if field.name == "instruction_templates" else str(field.default)
-        assert found[field.name] == (shown, field.metadata["help"]), field.name
+        assert found[field.name] == (shown_default(field), field.metadata["help"]), field.name
 
 
 def test_every_field_has_a_meaning():
