@@ -1,5 +1,6 @@
 # make demo, make test: each makes .venv first when it is not there. PYTHON=python3.12 make … chooses another Python.
 PYTHON ?= python3
+DATA_DIR ?= data
 BIN := .venv/bin
 
 .PHONY: help install demo test lint benchmark clean
@@ -31,10 +32,11 @@ test: .venv/.dev  ## the test suite
 lint: .venv/.dev  ## ruff, with the rules of pyproject.toml
 	$(BIN)/python -m ruff check .
 
-benchmark: .venv/.dev  ## the numbers of the README; needs --data_dir with Clinc150 and Banking77 for some of them
+benchmark: .venv/.dev  ## the numbers of the README; DATA_DIR=folder where the datasets lie (default data)
 	$(BIN)/python benchmarks/refinement_speed.py
-	$(BIN)/python benchmarks/embedding_speed.py
-	$(BIN)/python benchmarks/second_run.py
+	$(BIN)/python benchmarks/embedding_speed.py --data_dir $(DATA_DIR)
+	for dataset in Clinc150 Banking77 ArgKP21; do \
+		$(BIN)/python benchmarks/second_run.py --data_dir $(DATA_DIR) --dataset $$dataset || exit 1; done
 	$(BIN)/python benchmarks/large_corpus.py
 
 clean:  ## remove .venv and the cache; results stay

@@ -240,31 +240,24 @@ def refine(
     """Call ``refine_queries`` for all queries, in as few pieces as memory allows."""
     import torch
 
-    from query_refinement import Refinement, refine_queries
+    from query_refinement import concatenate, refine_queries
 
     device = choose_device(config.device)
     refit = {"normalise_scores": True, "normalise_cosines": True, "teacher_temperature": 2.0} if config.refit else {}
-    size = max(1, GATHER_BYTES // (4 * sampled.shape[1] * documents.shape[1]))
-    parts = []
-    for start in range(0, len(queries), size):
-        rows = slice(start, start + size)
+
+    def refine_rows(rows: slice) -> Refinement:
         inputs = (queries[rows], documents[sampled[rows]], teacher_scores[rows])
-        parts.append(
-            refine_queries(
-                *(torch.from_numpy(array).to(device) for array in inputs),
-                lr=config.lr,
-                num_steps=config.num_steps,
-                trajectory_every=TRAJECTORY_EVERY if config.save_tensors else None,
-                **refit,
-            )
+        refined = refine_queries(
+            *(torch.from_numpy(array).to(device) for array in inputs),
+            lr=config.lr,
+            num_steps=config.num_steps,
+            trajectory_every=TRAJECTORY_EVERY if config.save_tensors else None,
+            **refit,
         )
-    saved = config.save_tensors
-    return Refinement(
-        vectors=torch.cat([part.vectors.cpu() for part in parts]),
-        losses=torch.cat([part.losses.cpu() for part in parts], dim=1) if saved else None,
-        steps=parts[0].steps,
-        trajectory=torch.cat([part.trajectory.cpu() for part in parts], dim=1) if saved else None,
-    )
+        return refined.cpu()
+
+    size = max(1, GATHER_BYTES // (4 * sampled.shape[1] * documents.shape[1]))
+    return concatenate([refine_rows(slice(start, start + size)) for start in range(0, len(queries), size)])
 
 
 def evaluate(

@@ -6,8 +6,11 @@ that has vectors and scores of its own.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,8 @@ from torch.nn.functional import normalize
 
 KL_EPSILON = 1e-8
 BETA_1, BETA_2, ADAM_EPSILON = 0.9, 0.999, 1e-8
+# Every step reads all documents twice. On a CPU that is twice as fast when they fit into its last cache.
+CPU_BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,21 @@ class Refinement:
     losses: Tensor | None = None
     steps: tuple[int, ...] = ()
     trajectory: Tensor | None = None
+
+    def cpu(self) -> Refinement:
+        """Move everything to main memory."""
+        return Refinement(*(value.cpu() if isinstance(value, Tensor) else value for value in vars(self).values()))
+
+
+def concatenate(parts: Sequence[Refinement]) -> Refinement:
+    """Join the refinements of consecutive queries, made with the same arguments."""
+    with_trajectory = parts[0].losses is not None
+    return Refinement(
+        vectors=torch.cat([part.vectors for part in parts]),
+        losses=torch.cat([part.losses for part in parts], dim=1) if with_trajectory else None,
+        steps=parts[0].steps,
+        trajectory=torch.cat([part.trajectory for part in parts], dim=1) if with_trajectory else None,
+    )
 
 
 def min_max(values: Tensor, known: Tensor) -> Tensor:
@@ -87,6 +107,23 @@ def cosine_gradient(p: Tensor, cosines: Tensor, known: Tensor, temperature: floa
     return loss, gradient
 
 
+def in_cache_sized_blocks(refine: Callable[..., Refinement]) -> Callable[..., Refinement]:
+    """Let ``refine`` work on as many queries at a time as a CPU's cache holds; nothing else changes."""
+
+    @functools.wraps(refine)
+    def refine_blocks(query_vectors: Tensor, document_vectors: Tensor, scores: Tensor, **options: Any) -> Refinement:
+        tensors, size = (query_vectors, document_vectors, scores), document_vectors.nbytes
+        lengths = {len(tensor) for tensor in tensors}
+        if query_vectors.device.type != "cpu" or size <= CPU_BLOCK_BYTES or len(lengths) > 1:
+            return refine(*tensors, **options)
+        rows = max(1, CPU_BLOCK_BYTES * len(query_vectors) // size)
+        blocks = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+        return concatenate([refine(*block, **options) for block in blocks])
+
+    return refine_blocks
+
+
+@in_cache_sized_blocks
 @torch.no_grad()
 def refine_queries(
     query_vectors: Tensor,
@@ -101,7 +138,7 @@ def refine_queries(
     normalise_cosines: bool = False,
     trajectory_every: int | None = None,
 ) -> Refinement:
-    """Refine all queries in one tensor program, on the device of the inputs.
+    """Refine all queries at once, on the device of the inputs.
 
     ``p = softmax(scores)``; ``num_steps`` steps of Adam (betas 0.9 and 0.999, eps 1e-8) on
     ``L = KL(p ‖ softmax(cos(q, d)))`` from ``q = query_vectors``; only ``q`` moves. Adam works on each coordinate

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import query_refinement
 from query_refinement import refine_queries
 
 REFIT = {"normalise_scores": True, "normalise_cosines": True, "teacher_temperature": 2.0}
@@ -89,6 +90,19 @@ def test_batched_equals_one_by_one(n_queries, n_documents, dimension, seed, miss
     for i in range(n_queries):
         alone = refine_queries(queries[i : i + 1], documents[i : i + 1], scores[i : i + 1], **options).vectors[0]
         assert (together[i] - alone).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("trajectory_every", [None, 10])
+def test_a_query_set_larger_than_a_block_is_refined_as_in_one(monkeypatch, trajectory_every):
+    queries, documents, scores = problem(n_queries=23, missing=0.2)
+    whole = refine_queries(queries, documents, scores, trajectory_every=trajectory_every)
+    monkeypatch.setattr(query_refinement, "CPU_BLOCK_BYTES", 5 * documents[0].nbytes + 8)
+    blocks = refine_queries(queries, documents, scores, trajectory_every=trajectory_every)
+    assert torch.allclose(blocks.vectors, whole.vectors, atol=1e-6)
+    assert blocks.steps == whole.steps
+    if trajectory_every:
+        assert torch.allclose(blocks.losses, whole.losses, atol=1e-6)
+        assert torch.allclose(blocks.trajectory, whole.trajectory, atol=1e-6)
 
 
 def test_a_missing_score_is_a_document_left_out():

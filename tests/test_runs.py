@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -185,8 +187,6 @@ def test_no_steps_leave_every_figure_where_it_was(small_folder, tiny_models, tmp
 
 
 def test_documents_from_deeper_ranks_are_drawn_as_the_protocol_says(small_folder, tiny_models, tmp_path):
-    import random
-
     flags = ["--dataset", small_folder, "--embedding_model", tiny_models["bert"], "--optimize_with_gold"]
     run_script(RUN, *flags, "--total_scores=12", "--scores_from_top=4", "--random_seed=7", *places(tmp_path))
     ranks = [0, 1, 2, 3, *random.Random(7).sample(range(4, 60), 8)]
@@ -415,3 +415,25 @@ def test_argkp21_agrees_with_the_reference_for_every_topic(shared_datasets, gold
         assert set(found) == set(expected) and len(expected) == 243
         worst = max(abs(float(found[t][m]) - float(v)) for t, row in expected.items() for m, v in row.items())
         assert worst <= 1e-3
+
+
+def test_the_readmes_library_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    program = code + "\nprint(tuple(refined.shape))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "(2, 384)", done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["refinement_speed.py", "--queries", "3", "--repeats", "1"],
+        ["large_corpus.py", "--documents", "3000", "--queries", "5"],
+        ["second_run.py", "--dataset", "Demo", "--repeats", "1", "--cache_dir", "{cache}"],
+        ["embedding_speed.py", "--dataset", "Demo", "--texts", "40", "--batch_sizes", "8"],
+    ],
+)
+def test_benchmarks_run(arguments, minilm_cache):
+    """At toy size: that they work, not how fast."""
+    done = run_script(f"benchmarks/{arguments[0]}", *(word.format(cache=minilm_cache) for word in arguments[1:]))
+    assert any(word in done.stdout for word in ("ratio", "x the matrix", "x that"))
