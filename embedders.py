@@ -246,6 +246,7 @@ class TextEmbedder:
         if cached.all():
             return keys
         logger.info("embedding %d of %d %s texts with %s", (~cached).sum(), len(texts), role, self.source.name)
+        _ = self.model  # loaded now, so that its log lines do not cut into the progress bar
         # The work is cut over all texts, also those cached, longest first: so the batches of a run that goes on after
         # a kill are the batches of an undisturbed one, and so are its vectors, to the last bit.
         _, first_place = np.unique(keys, axis=0, return_index=True)
@@ -298,14 +299,17 @@ class TextEmbedder:
                 while full >> self._halvings > len(batch) // 2:
                     self._halvings += 1
             else:
-                parts.append(vectors.float().cpu().numpy())
+                parts.append(vectors)  # stays on the device, so that this loop need not wait for it
                 done += len(batch)
                 report(len(batch))
                 continue
             free_device_memory()
             logger.warning("out of memory with %d texts; going on with batches half as large", len(batch))
-        vectors = np.empty((len(texts), parts[0].shape[1]), dtype=np.float32)
-        vectors[order] = np.concatenate(parts)
+        import torch
+
+        in_order = torch.cat(parts).float().cpu().numpy()
+        vectors = np.empty_like(in_order)
+        vectors[order] = in_order
         return vectors
 
     def _token_counts(self, texts: list[str]) -> np.ndarray:

@@ -135,7 +135,7 @@ def compute(
     variants: dict[str, np.ndarray] = {"embeddings": queries}
     if config.computation_types in ("optimized", "all"):
         with stage("refine queries", seconds):
-            refinement = refine(queries, documents, sampled, teacher_scores, config)
+            refinement = refine(queries, documents, sampled, teacher_scores, config, embedder.device)
         variants["optimized_embeddings"] = refinement.vectors.numpy()
         if config.save_tensors:
             save_tensors(folder, "optimized_embeddings", queries, sampled, teacher_scores, refinement)
@@ -236,13 +236,13 @@ def refine(
     sampled: np.ndarray,
     teacher_scores: np.ndarray,
     config: ExperimentConfig,
+    device: str,
 ) -> Refinement:
     """Call ``refine_queries`` for all queries, in as few pieces as memory allows."""
     import torch
 
     from query_refinement import concatenate, refine_queries
 
-    device = choose_device(config.device)
     refit = {"normalise_scores": True, "normalise_cosines": True, "teacher_temperature": 2.0} if config.refit else {}
 
     def refine_rows(rows: slice) -> Refinement:

@@ -46,6 +46,8 @@ class EmbeddingTemplates:
 
 def _fill(template: str, **values: str) -> str:
     """Replace placeholders in one pass, so that braces in the values stay as they are."""
+    if template == "{text}":
+        return values["text"]  # the same object: a corpus is not held twice
     return PLACEHOLDER.sub(lambda match: values[match.group(1)], template)
 
 
