@@ -18,8 +18,8 @@ from typing import Any
 
 from scipy.sparse import csr_array
 
-from downloads import fetch, hub_is_reachable, open_zip
-from errors import UserError
+from downloads import fetch, hub_endpoint, hub_is_reachable, open_zip, read_member
+from errors import UserError, is_folder
 from folder_dataset import load_folder
 from retrieval_dataset import RetrievalDataset, join_title, pairs_to_matrix, read_csv, read_json, read_json_lines
 
@@ -212,7 +212,8 @@ def load_nfcorpus(data_dir: Path) -> RetrievalDataset:
     queries_table = hub_table(data_dir, repository, "queries", "queries")
     query_texts = dict(zip(map(str, _id_column(queries_table)), queries_table["text"], strict=True))
     qrels = list(_qrels(hub_table(data_dir, repository, "default")))
-    query_ids = [i for i in query_texts if i in {q for q, _, _ in qrels}]
+    judged = {q for q, _, _ in qrels}
+    query_ids = [i for i in query_texts if i in judged]
     relevant = [(q, d) for q, d, score in qrels if score > 0]
     return RetrievalDataset(
         name="NFCorpus",
@@ -287,14 +288,15 @@ def _id_pairs(
     return pairs_to_matrix(indices, len(query_ids), len(document_ids))
 
 
-PASA = "https://huggingface.co/datasets/CarlanLark/pasa-dataset/resolve/main"
+PASA = "datasets/CarlanLark/pasa-dataset/resolve/main"
 
 
 def load_real_scholar_query(data_dir: Path) -> RetrievalDataset:
     """RealScholarQuery: questions against 25,000 abstracts, every answer paper among them."""
     folder = hub_folder(data_dir, "CarlanLark/pasa-dataset") or data_dir / "realscholarquery"
     names = ["RealScholarQuery/test.jsonl", "paper_database/id2paper.json", "paper_database/cs_paper_2nd.zip"]
-    questions_path, titles_path, papers_path = (fetch(f"{PASA}/{name}", folder / name) for name in names)
+    urls = [f"{hub_endpoint()}/{PASA}/{name}" for name in names]
+    questions_path, titles_path, papers_path = (fetch(u, folder / name) for u, name in zip(urls, names, strict=True))
     titles: dict[str, str] = read_json(titles_path)
     questions = _pasa_questions(questions_path)
     answers = {i for _, ids in questions for i in ids}
@@ -307,7 +309,8 @@ def load_real_scholar_query(data_dir: Path) -> RetrievalDataset:
         sample = random.Random(REAL_SCHOLAR_SEED).sample(
             others, min(len(others), max(0, REAL_SCHOLAR_DOCUMENTS - len(answers)))
         )
-        abstracts = {i: json.loads(papers.read(members[i])).get("abstract") or "" for i in sorted({*answers, *sample})}
+        wanted = sorted({*answers, *sample})
+        abstracts = {i: json.loads(read_member(papers, members[i])).get("abstract") or "" for i in wanted}
     if empty := [i for i, abstract in abstracts.items() if not abstract.strip()]:
         logger.warning("RealScholarQuery: %d papers without an abstract are left out", len(empty))
         abstracts = {i: abstract for i, abstract in abstracts.items() if abstract.strip()}
@@ -352,7 +355,7 @@ def _paper_members(papers: Any, titles: dict[str, str]) -> dict[str, str]:
     names = {name.rsplit("/", 1)[-1].removesuffix(".json"): name for name in papers.namelist() if name[-1] != "/"}
     members = {i: names.get(i) or names.get(_letters(title)) for i, title in titles.items()}
     if not any(members.values()):
-        by_title = {_letters(json.loads(papers.read(name)).get("title") or ""): name for name in names.values()}
+        by_title = {_letters(json.loads(read_member(papers, name)).get("title") or ""): name for name in names.values()}
         members = {i: by_title.get(_letters(title)) for i, title in titles.items()}
     return {_arxiv_id(i): name for i, name in members.items() if name}
 
@@ -382,9 +385,10 @@ def check_dataset_name(dataset: str) -> None:
     Raises:
         UserError: naming the flag, what was given, and the names there are.
     """
-    if dataset in LOADERS or Path(dataset).is_dir():
+    if dataset in LOADERS or is_folder(dataset):
         return
-    near = difflib.get_close_matches(dataset.lower(), [name.lower() for name in LOADERS], n=1)
+    known = [] if "/" in dataset else [name.lower() for name in LOADERS]
+    near = difflib.get_close_matches(dataset.lower(), known, n=1)
     hint = next((f"; did you mean {name}?" for name in LOADERS if near and name.lower() == near[0]), "")
     raise UserError(f"--dataset: {dataset!r} is neither a folder nor one of {', '.join(LOADERS)}{hint}")
 
@@ -397,9 +401,13 @@ def load_dataset(dataset: str, data_dir: Path | str) -> RetrievalDataset:
     """
     check_dataset_name(dataset)
     loaded = LOADERS[dataset](Path(data_dir)) if dataset in LOADERS else load_folder(Path(dataset))
-    for what, texts in (("document", loaded.documents), ("query", loaded.queries)):
+    for what, texts, ids in (
+        ("document", loaded.documents, loaded.document_ids),
+        ("query", loaded.queries, loaded.query_ids),
+    ):
         if not texts:
             raise UserError(f"{dataset}: no {what} in it")
+        _repair_unicode(ids)
         if repaired := _repair_unicode(texts):
             logger.warning("%s: %d texts held broken Unicode, now shown as '?'", dataset, repaired)
     if loaded.relevance.nnz == 0:

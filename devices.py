@@ -16,10 +16,11 @@ def choose_device(device: str) -> str:
     import torch
 
     there = ["cpu"] + (["mps"] if torch.backends.mps.is_available() else [])
-    there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.cuda.is_available():  # a driver too old for this torch counts its devices all the same
+        there += [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cuda"]
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else there[-1]
-    if device in there or (device == "cuda" and torch.cuda.is_available()):
+        return there[-1]
+    if device in there:
         return device
     raise UserError(f"--device: got {device!r}, must be auto or one of {', '.join(there)}")
 

@@ -6,8 +6,10 @@ the same file at once, and what lies under its final name is always complete.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import http.client
 import logging
 import os
 import sys
@@ -16,6 +18,7 @@ import urllib.error
 import urllib.request
 import uuid
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -50,8 +53,8 @@ def fetch(url: str, target: Path, sha256: str | None = None) -> Path:
             try:
                 digest = _download(url, temporary)
                 break
-            except OSError as error:  # urllib's errors are among these
-                if error.filename and not isinstance(error, urllib.error.URLError):
+            except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
+                if getattr(error, "filename", None) and not isinstance(error, urllib.error.URLError):
                     raise UserError(f"--data_dir: {error.filename} cannot be written ({error.strerror})") from None
                 reason = getattr(error, "reason", None) or error
                 hopeless = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
@@ -62,7 +65,8 @@ def fetch(url: str, target: Path, sha256: str | None = None) -> Path:
             raise UserError(f"{url} has sha256 {digest}, expected {sha256}: the source has changed; {by_hand}")
         os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may be none
+            temporary.unlink(missing_ok=True)
     return target
 
 
@@ -84,9 +88,16 @@ def _download(url: str, path: Path) -> str:
                 bar.update(len(chunk))
             file.flush()
             os.fsync(file.fileno())
+    if total is None and not response.chunked:
+        raise OSError("the server does not say how long the file is, so it may be cut off")
     if total is not None and received != total:
         raise OSError(f"connection closed after {received} of {total} bytes")
     return digest.hexdigest()
+
+
+def hub_endpoint() -> str:
+    """The address of the model hub: ``HF_ENDPOINT``, or the public one."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
 @functools.cache
@@ -95,7 +106,7 @@ def hub_is_reachable() -> bool:
 
     Those libraries would retry every file of a model for half a minute before they look into their local cache.
     """
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    endpoint = hub_endpoint()
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return False
     try:
@@ -103,7 +114,7 @@ def hub_is_reachable() -> bool:
             return True
     except urllib.error.HTTPError:
         return True  # it answered
-    except OSError as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         logger.info("%s does not answer (%s): using what lies on this machine", endpoint, reason)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -128,3 +139,16 @@ def open_zip(path: Path) -> zipfile.ZipFile:
             archive.close()
             raise UserError(f"{path}: member {name!r} points outside the archive; refused")
     return archive
+
+
+def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Read one member of a zip.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return archive.read(name)
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        reason = f"{name} is damaged ({error}); delete the zip to download it again"
+        raise UserError(f"{archive.filename}: {reason}") from None

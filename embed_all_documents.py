@@ -7,7 +7,6 @@ May be started several times at once on one cache: the processes share the work.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import sys
 import time
@@ -17,8 +16,8 @@ from dataset_loaders import check_dataset_name, load_dataset
 from devices import choose_device
 from embedding_adaptation import make_embedder
 from errors import RunError, run_command
-from experiment_config import OneLineParser, add_flags, build_config, parse_known_flags
-from instruction_templates import read_templates, templates_for
+from experiment_config import OneLineParser, add_flags, build_config, parse_flags
+from instruction_templates import fill_templates, read_templates, templates_for
 from results import check_writable
 from run_log import start_logging
 
@@ -46,21 +45,20 @@ def main() -> None:
         allow_abbrev=False,
     )
     add_flags(parser, FLAGS, aliases={"embedder_batch_size": "--batch_size"})
-    config = build_config(parse_known_flags(parser, sys.argv[1:]))
+    config = build_config(parse_flags(parser, sys.argv[1:]))
     start_logging()
     check_dataset_name(config.dataset)
     check_writable("--cache_dir", Path(config.cache_dir))
     templates = templates_for(read_templates(config.instruction_templates), config.embedding_model, config.dataset)
     device = choose_device(config.device)
     dataset = load_dataset(config.dataset, config.data_dir)
-    if dataset.instruction:
-        templates = dataclasses.replace(templates, instruction=dataset.instruction)
+    texts = fill_templates(templates, dataset)
     embedder = make_embedder(config, device)
 
     started = time.perf_counter()
     try:
-        embedder.fill_cache([templates.fill_document(text) for text in dataset.documents], "document")
-        embedder.fill_cache([templates.fill_query(text) for text in dataset.queries], "query")
+        embedder.fill_cache(texts.documents, "document")
+        embedder.fill_cache(texts.queries, "query")
     except OSError as error:
         where = error.filename or config.cache_dir
         reason = error.strerror or error

@@ -6,10 +6,14 @@ model. To add a model with needs of its own, enter it in ``MODEL_SETTINGS``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import logging
+import math
+import os
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,15 +22,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cache_utils import VectorCache, text_keys
+from cache_utils import SHARD_BYTES, VectorCache, text_keys
 from devices import free_device_memory, is_out_of_memory
 from downloads import hub_is_reachable
-from errors import RunError, UserError
+from errors import RunError, UserError, is_folder
+from instruction_templates import FilledTexts, known_name
+from model_loading import load_model, remote_code_message
 
 logger = logging.getLogger(__name__)
 
-# A shard is one piece of work: what a kill costs at most. Long texts make it smaller.
+# A shard is one piece of work: what a kill costs at most. Long texts and long vectors make it smaller.
 CHUNK_TEXTS, CHUNK_CHARACTERS = 4096, 1_000_000
+MOST_DIMENSIONS = 8192  # taken for models that do not say theirs
+SECONDS_BETWEEN_LOG_LINES = 60  # where there is no terminal to show a progress bar
 # A batch holds --embedder_batch_size texts of this many tokens or longer, or more of shorter ones to the same amount.
 FULL_TEXT_TOKENS = 256
 
@@ -63,6 +71,12 @@ MODEL_SETTINGS = {
 }
 
 
+def settings_for(name: str) -> ModelSettings:
+    """What is known of a model, or of a local copy of it."""
+    known = known_name(name, MODEL_SETTINGS)
+    return MODEL_SETTINGS[known] if known else ModelSettings()
+
+
 # --- Which model, exactly --------------------------------------------------------------------------------------------
 
 
@@ -92,17 +106,17 @@ def find_model(name: str, revision: str = "main", trust_remote_code: bool = Fals
     Raises:
         UserError: there is no such model, it cannot be reached, or it is known to need remote code that is not trusted.
     """
-    if MODEL_SETTINGS.get(name, ModelSettings()).remote_code and not trust_remote_code:
-        raise UserError(_remote_code_message(name))
+    if settings_for(name).remote_code and not trust_remote_code:
+        raise UserError(remote_code_message("--embedding_model", name))
     path = Path(name).expanduser()
-    if path.is_dir():
+    if is_folder(path):
         if not any((path / file).exists() for file in ("modules.json", "config.json")):
             raise UserError(f"--embedding_model: {name} is a folder without a model (no modules.json or config.json)")
         return ModelSource(name, str(path), None, _folder_identity(path))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.lexists(path):
+        raise UserError(f"--embedding_model: {name} is not a folder; give a model folder or a hub name (owner/model)")
     if "/" not in name:
         name = f"sentence-transformers/{name}"
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
-        raise UserError(f"--embedding_model: {name} is not a folder; give a model folder or a hub name (owner/model)")
     if commit := _cached_commit(name, revision):
         return ModelSource(name, name, commit, f"commit {commit}")
     if name == PACKAGED_MODEL and revision == "main" and (folder := packaged_model_folder()):
@@ -131,11 +145,14 @@ def _cached_commit(name: str, revision: str) -> str | None:
     except OSError:
         return None
     snapshot = repository / "snapshots" / commit
-    return commit if any((snapshot / file).exists() for file in ("modules.json", "config.json")) else None
+    whole = any(snapshot.rglob("*.safetensors")) or any(snapshot.rglob("*.bin"))
+    return commit if whole else None
 
 
 def _commit_on_hub(name: str, revision: str) -> str:
     missing = f"--embedding_model: {name} is no folder and not in the hub's local cache, and the hub"
+    if revision != "main":
+        missing = missing.replace("in the hub's", f"at revision {revision!r} in the hub's")
     if not hub_is_reachable():
         raise UserError(f"{missing} cannot be reached; check the network")
     import huggingface_hub
@@ -191,7 +208,8 @@ class TextEmbedder:
         batch_size: texts in a batch, see ``FULL_TEXT_TOKENS``.
         max_tokens: texts are cut to this, or to the model's own limit.
         trust_remote_code: let the model run the code that comes with it.
-        counts: texts taken from the cache and texts embedded, so far.
+        setup: what, beside a text, makes its vector; part of the cache's keys.
+        counts: texts found in the cache when they were asked for, and different texts embedded, so far.
     """
 
     source: ModelSource
@@ -204,19 +222,17 @@ class TextEmbedder:
     counts: dict[str, int] = field(default_factory=lambda: {"cached": 0, "embedded": 0})
 
     def __post_init__(self) -> None:
-        self.settings = MODEL_SETTINGS.get(self.source.name, ModelSettings())
+        self.settings = settings_for(self.source.name)
         if self.dtype == "auto":
             self.dtype = self.settings.dtype
-        self.cache = VectorCache(
-            self.cache_dir,
-            {
-                "model": self.source.name if self.source.revision else Path(self.source.name).name,
-                "identity": self.source.identity,
-                "dtype": self.dtype,
-                "max_tokens": self.max_tokens,
-                "padding_side": self.settings.padding_side,
-            },
-        )
+        self.setup = {
+            "model": Path(self.source.name).name if self.source.revision is None else self.source.name,
+            "identity": self.source.identity,
+            "dtype": self.dtype,
+            "max_tokens": self.max_tokens,
+            "padding_side": self.settings.padding_side,
+        }
+        self.cache = VectorCache(self.cache_dir, self.setup)
         self._model: Any = None
         self._halvings = 0
 
@@ -237,32 +253,43 @@ class TextEmbedder:
         keys = self.fill_cache(texts, role)
         return self.cache.load(keys)
 
+    def load_for(self, texts: FilledTexts) -> None:
+        """Load the model now if any of the texts has yet to be embedded, so that a wrong one is told at once."""
+        for part, role in ((texts.queries, "query"), (texts.documents, "document")):
+            if self._model is None and not self.cache.contains(text_keys(part, role)).all():
+                self._model = self._load()
+
     def fill_cache(self, texts: Sequence[str], role: str) -> np.ndarray:
         """Embed and store what is not in the cache yet; return the keys of all texts, uint64 [n, 2]."""
         keys = text_keys(texts, role)
-        cached = self.cache.contains(keys)
-        self.counts["cached"] += int(cached.sum())
-        self.counts["embedded"] += int((~cached).sum())
-        if cached.all():
+        missing = int((~self.cache.contains(keys)).sum())
+        self.counts["cached"] += len(texts) - missing
+        if not missing:
             return keys
-        logger.info("embedding %d of %d %s texts with %s", (~cached).sum(), len(texts), role, self.source.name)
-        _ = self.model  # loaded now, so that its log lines do not cut into the progress bar
-        # The work is cut over all texts, also those cached, longest first: so the batches of a run that goes on after
-        # a kill are the batches of an undisturbed one, and so are its vectors, to the last bit.
+        model = self.model  # loaded now, so that its log lines do not cut into the progress bar
+        logger.info("embedding %d of %d %s texts with %s", missing, len(texts), role, self.source.name)
+        # The work is cut over all texts, also those cached, longest first, and a piece is a shard: so the batches of a
+        # run that goes on after a kill are the batches of an undisturbed one, and so are its vectors, to the last bit.
         _, first_place = np.unique(keys, axis=0, return_index=True)
         places = np.sort(first_place)
         lengths = np.fromiter((len(texts[i]) for i in places), dtype=np.int64, count=len(places))
         places = places[np.argsort(-lengths, kind="stable")]
-        chunks = list(_chunks(places, texts))
-        # Processes that embed the same corpus at once start at different chunks and so share the work.
+        dimension = model.get_embedding_dimension() or MOST_DIMENSIONS
+        chunks = list(_chunks(places, texts, max(1, min(CHUNK_TEXTS, SHARD_BYTES // (4 * dimension)))))
+        # Processes that embed the same corpus at once start at different pieces and pass over those of the others.
         start = random.SystemRandom().randrange(len(chunks)) if len(chunks) > 1 else 0
+        said = time.monotonic()
         with tqdm(total=len(places), unit="text", desc=f"embed {role}", disable=None) as bar:
-            for chunk in chunks[start:] + chunks[:start]:
+            for number, chunk in enumerate(chunks[start:] + chunks[:start], 1):
                 self.cache.refresh()
-                missing = chunk[~self.cache.contains(keys[chunk])]
-                bar.update(len(chunk) - len(missing))
-                if len(missing):
-                    self._store(keys[missing], self._encode([texts[i] for i in missing], role, bar.update))
+                missing_places = chunk[~self.cache.contains(keys[chunk])]
+                bar.update(len(chunk) - len(missing_places))
+                if len(missing_places):
+                    vectors = self._encode([texts[i] for i in missing_places], role, bar.update)
+                    self._store(keys[missing_places], vectors)
+                if bar.disable and time.monotonic() - said > SECONDS_BETWEEN_LOG_LINES:
+                    said = time.monotonic()
+                    logger.info("embed %s: %d of %d pieces done", role, number, len(chunks))
         return keys
 
     def _store(self, keys: np.ndarray, vectors: np.ndarray) -> None:
@@ -272,6 +299,7 @@ class TextEmbedder:
                 "(finished texts are kept)"
             )
         self.cache.add(keys, vectors)
+        self.counts["embedded"] += len(keys)
 
     def _encode(self, texts: list[str], role: str, report: Callable[[int], Any]) -> np.ndarray:
         """Embed texts that are not cached, sorted by their length in tokens; float32 [n, D]."""
@@ -338,58 +366,41 @@ class TextEmbedder:
         logger.info("loading %s (%s, %s, %s)", self.source.name, self.source.identity, self.dtype, self.device)
         if self.source.identity == f"sha256 {PACKAGED_SHA256}":
             check_packaged_weights(Path(self.source.location))
-        if self.source.revision:
-            hub_is_reachable()  # before the imports: offline, the libraries then look into their own cache at once
-        import sentence_transformers
-        import torch
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.set_verbosity_error()
-        model_arguments: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
-        if self.settings.attention:
-            on_cuda = self.device.startswith("cuda")
-            model_arguments["attn_implementation"] = self.settings.attention[0 if on_cuda else 1]
-        padding = {"padding_side": self.settings.padding_side} if self.settings.padding_side else {}
-        try:
-            model = sentence_transformers.SentenceTransformer(
-                self.source.location,
-                revision=self.source.revision,
-                device=self.device,
-                trust_remote_code=self.trust_remote_code,
-                model_kwargs=model_arguments,
-                processor_kwargs=padding,
-            )
-        except Exception as error:  # whatever the libraries raise, the user needs the model's name and the reason
-            if "trust_remote_code" in str(error):
-                raise UserError(_remote_code_message(self.source.name)) from None
-            if is_out_of_memory(error):
-                what = f"{self.source.name} in {self.dtype}"
-                raise RunError(f"{what} does not fit into the memory of {self.device}") from None
-            reason = (str(error).splitlines() or [""])[0]
-            raise UserError(
-                f"--embedding_model: {self.source.name} cannot be loaded ({type(error).__name__}: {reason})"
-            ) from None
-        model.max_seq_length = min(model.max_seq_length or self.max_tokens, self.max_tokens)
+        model = load_model("--embedding_model", self.source.name, self._make, unused_weights=("pooler",))
         if prompts := {name: prompt for name, prompt in model.prompts.items() if prompt}:
             logger.info("the model's own prompts are not used, instruction_templates.yaml is: %s", prompts)
         return model
 
+    def _make(self) -> Any:
+        import sentence_transformers
+        import torch
 
-def _chunks(places: np.ndarray, texts: Sequence[str]) -> Iterator[np.ndarray]:
+        arguments: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
+        if self.settings.attention:
+            on_cuda = self.device.startswith("cuda")
+            arguments["attn_implementation"] = self.settings.attention[0 if on_cuda else 1]
+        model = sentence_transformers.SentenceTransformer(
+            self.source.location,
+            revision=self.source.revision,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+            model_kwargs=arguments,
+            processor_kwargs={"padding_side": self.settings.padding_side} if self.settings.padding_side else {},
+        )
+        if (model.max_seq_length or math.inf) > self.max_tokens:
+            # static embeddings have no limit and let none be set; their texts are not cut
+            with contextlib.suppress(AttributeError):
+                model.max_seq_length = self.max_tokens
+        return model
+
+
+def _chunks(places: np.ndarray, texts: Sequence[str], most_texts: int) -> Iterator[np.ndarray]:
     """Cut places (indices into texts) into pieces of work."""
     start, characters = 0, 0
     for end, place in enumerate(places):
-        if end > start and (end - start >= CHUNK_TEXTS or characters + len(texts[place]) > CHUNK_CHARACTERS):
+        if end > start and (end - start >= most_texts or characters + len(texts[place]) > CHUNK_CHARACTERS):
             yield places[start:end]
             start, characters = end, 0
         characters += len(texts[place])
     if start < len(places):
         yield places[start:]
-
-
-def _remote_code_message(name: str) -> str:
-    return (
-        f"--embedding_model: {name} needs Python code that comes with the model; read it, then add --trust_remote_code "
-        "to let it run"
-    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import random
 import sys
 import time
 from collections.abc import Iterator
@@ -25,10 +24,11 @@ from cache_utils import slug
 from dataset_loaders import check_dataset_name, load_dataset
 from devices import choose_device
 from embedders import TextEmbedder, find_model
-from errors import RunError, UserError, run_command
+from errors import RunError, UserError, is_folder, run_command
 from experiment_config import ExperimentConfig, parse_arguments, short_hash
-from instruction_templates import EmbeddingTemplates, read_templates, templates_for
-from metrics import METRICS, mean_metrics, query_metrics, top_documents
+from instruction_templates import FilledTexts, fill_templates, read_templates, templates_for
+from metrics import METRICS, mean_metrics
+from ranking import measure, sample_documents, score_blocks, unit_length
 from rerankers import Reranker, check_reranker, make_reranker
 from results import RunFolder, check_writable, comparison_table, package_versions, write_json
 from retrieval_dataset import RetrievalDataset
@@ -39,9 +39,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 TABLE_METRICS = ("map", "roc_auc", "ndcg_at_10", "mrr", "precision_at_10", "recall_at_50")
-BLOCK_SCORES = 1 << 22  # cosines held at once: 16 MiB, and a few times that while they are measured and written
 GATHER_BYTES = 1 << 29  # scored documents' vectors held at once
-NORMALISE_ROWS = 1 << 14
 TRAJECTORY_EVERY = 10
 
 
@@ -56,45 +54,41 @@ def main() -> None:
 
 
 def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
-    """Do one run. Everything the user may have got wrong is found before the first text is embedded."""
+    """Do one run. What the user may have got wrong is found before the first text is embedded or a file is touched."""
     seconds: dict[str, float] = {}
     check_dataset_name(config.dataset)
     check_reranker(config)
-    check_writable("--output_dir", Path(config.output_dir) / (config.experiment_name or "x"))
+    check_writable("--output_dir", Path(config.output_dir))
     check_writable("--cache_dir", Path(config.cache_dir))
     templates = templates_for(read_templates(config.instruction_templates), config.embedding_model, config.dataset)
-    run_hash = experiment_hash(config, templates)
-    name = config.experiment_name or default_name(config, run_hash)
     with stage("import", seconds):
         device = choose_device(config.device)
     with stage("load dataset", seconds):
         dataset = load_dataset(config.dataset, config.data_dir)
-    if dataset.instruction:
-        templates = dataclasses.replace(templates, instruction=dataset.instruction)
-    with stage("find models", seconds):
+        texts = fill_templates(templates, dataset)
+    with stage("load models", seconds):
         embedder = make_embedder(config, device)
         reranker = make_reranker(config, device)
+        embedder.load_for(texts)
 
-    folder = RunFolder(
-        Path(config.output_dir) / name,
-        {
-            "experiment_name": name,
-            "hash": run_hash,
-            "command": sys.argv,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "flags": dataclasses.asdict(config),
-            "teacher": reranker.name,
-            "templates": templates.as_dict(),
-            "dataset": dataset.describe(),
-            "model": dataclasses.asdict(embedder.source) | {"dtype": embedder.dtype},
-            "device": device,
-            "versions": package_versions(),
-        },
-    )
+    settings = {
+        "hash": run_hash(config, texts, dataset, embedder),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "flags": dataclasses.asdict(config),
+        "teacher": {"name": reranker.name, "revision": reranker.revision},
+        "templates": texts.templates.as_dict(),
+        "dataset": dataset.describe(),
+        "model": dataclasses.asdict(embedder.source) | {"dtype": embedder.dtype},
+        "device": device,
+        "versions": package_versions(),
+    }
+    name = config.experiment_name or default_name(config, settings["hash"])
+    folder = RunFolder(Path(config.output_dir) / name, {"experiment_name": name, **settings})
     folder.begin()
     log_to_file(log, folder.folder / "run.log")
     try:
-        summary = compute(config, dataset, templates, embedder, reranker, folder, seconds)
+        summary = compute(config, dataset, texts, embedder, reranker, folder, seconds)
         seconds["total"] = time.perf_counter() - started
         summary["seconds"] = {step: round(value, 3) for step, value in seconds.items()}
         summary["peak_memory_mb"] = peak_memory_mb()
@@ -109,7 +103,7 @@ def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
 def compute(
     config: ExperimentConfig,
     dataset: RetrievalDataset,
-    templates: EmbeddingTemplates,
+    texts: FilledTexts,
     embedder: TextEmbedder,
     reranker: Reranker,
     folder: RunFolder,
@@ -118,14 +112,16 @@ def compute(
     """The method, step by step; returns the summary."""
     # 1. Texts to vectors. Documents keep theirs for good; only their direction matters, so they get unit length.
     with stage("embed documents", seconds):
-        documents = unit_length(embedder.embed([templates.fill_document(t) for t in dataset.documents], "document"))
+        documents = unit_length(embedder.embed(texts.documents, "document"))
     with stage("embed queries", seconds):
-        queries = embedder.embed([templates.fill_query(t) for t in dataset.queries], "query")
+        queries = embedder.embed(texts.queries, "query")
     embedder.unload()
 
     # 2. Rank the candidates by the original query and sample some for the teacher.
     with stage("sample documents", seconds):
-        sampled = sample_documents(queries, documents, dataset, config)
+        sampled = sample_documents(
+            queries, documents, dataset, config.total_scores, config.scores_from_top, config.random_seed
+        )
 
     # 3. The teacher scores them, all queries in one call.
     with stage("teacher scores", seconds):
@@ -137,16 +133,17 @@ def compute(
         with stage("refine queries", seconds):
             refinement = refine(queries, documents, sampled, teacher_scores, config, embedder.device)
         variants["optimized_embeddings"] = refinement.vectors.numpy()
-        if config.save_tensors:
-            save_tensors(folder, "optimized_embeddings", queries, sampled, teacher_scores, refinement)
 
     # 5. Rank all candidates again by each variant of the query; measure and write.
+    folder.clear()
     means = {}
     for variant, vectors in variants.items():
         with stage(f"measure and write {variant}", seconds):
             metrics = evaluate(variant, vectors, documents, dataset, sampled, teacher_scores, folder)
-            folder.write_metrics(variant, dataset, metrics, dataclasses.asdict(config))
+            folder.write_metrics(variant, dataset, metrics, {"teacher": reranker.name, **dataclasses.asdict(config)})
             means[variant] = mean_metrics(metrics)
+    if config.save_tensors and "optimized_embeddings" in variants:
+        save_tensors(folder, "optimized_embeddings", queries, sampled, teacher_scores, refinement)
     without = int((np.diff(dataset.relevance.indptr) == 0).sum())
     if without:
         logger.warning("%d of %d queries have no relevant document; left out of means", without, len(dataset.queries))
@@ -161,73 +158,6 @@ def compute(
 
 
 # --- Steps -----------------------------------------------------------------------------------------------------------
-
-
-def unit_length(vectors: np.ndarray) -> np.ndarray:
-    """Divide each row of float32 [N, D] by its length, in place; a zero row stays zero."""
-    for start in range(0, len(vectors), NORMALISE_ROWS):
-        rows = vectors[start : start + NORMALISE_ROWS]
-        lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-        rows /= np.where(lengths > 0, lengths, 1)[:, None]
-    return vectors
-
-
-def score_blocks(queries: np.ndarray, documents: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Cosines, a block of queries at a time.
-
-    Args:
-        queries: float32 [Q, D].
-        documents: float32 [N, D], of unit length.
-
-    Yields:
-        which queries, and float32 [B, N], whose memory the next block takes over.
-    """
-    import torch
-
-    unit_queries = torch.from_numpy(unit_length(queries.copy()))
-    transposed = torch.from_numpy(documents).T
-    size = min(len(queries), max(1, BLOCK_SCORES // len(documents)))
-    scores = torch.empty(size, len(documents))
-    for start in range(0, len(queries), size):
-        rows = slice(start, min(start + size, len(queries)))
-        block = scores[: rows.stop - rows.start]
-        torch.matmul(unit_queries[rows], transposed, out=block)
-        yield rows, block.numpy()
-
-
-def candidate_scores(
-    rows: slice, scores: np.ndarray, dataset: RetrievalDataset
-) -> Iterator[tuple[int, np.ndarray | None, np.ndarray]]:
-    """Yield (query, its candidates as document indices or None for all, their scores float32 [n]) of a block."""
-    candidates = dataset.candidates
-    for query, row in zip(range(rows.start, rows.stop), scores, strict=True):
-        if candidates is None:
-            yield query, None, row
-        else:
-            own = candidates.indices[candidates.indptr[query] : candidates.indptr[query + 1]]
-            yield query, own, row[own]
-
-
-def sampled_ranks(n_candidates: int, config: ExperimentConfig) -> np.ndarray:
-    """Which ranks the teacher gets to see: the first, and some drawn from the rest; all, if there are no more."""
-    if n_candidates <= config.total_scores:
-        return np.arange(n_candidates)
-    drawn = random.Random(config.random_seed).sample(
-        range(config.scores_from_top, n_candidates), config.total_scores - config.scores_from_top
-    )
-    return np.array([*range(config.scores_from_top), *drawn])
-
-
-def sample_documents(
-    queries: np.ndarray, documents: np.ndarray, dataset: RetrievalDataset, config: ExperimentConfig
-) -> np.ndarray:
-    """Documents for the teacher: int64 [Q, total_scores], -1 where a query has fewer candidates."""
-    sampled = np.full((len(queries), config.total_scores), -1, dtype=np.int64)
-    for rows, scores in score_blocks(queries, documents):
-        for query, candidates, own_scores in candidate_scores(rows, scores, dataset):
-            chosen = top_documents(own_scores, sampled_ranks(len(own_scores), config))
-            sampled[query, : len(chosen)] = chosen if candidates is None else candidates[chosen]
-    return sampled
 
 
 def refine(
@@ -270,18 +200,12 @@ def evaluate(
     folder: RunFolder,
 ) -> dict[str, np.ndarray]:
     """Rank all candidates by the queries; write raw scores; return each metric as float64 [Q]."""
-    metrics = {name: np.empty(len(queries)) for name in METRICS}
-    relevance = dataset.relevance
+    blocks = []
     with folder.raw_scores(variant, dataset) as raw:
-        for rows, scores in score_blocks(queries, documents):
-            for query, candidates, own_scores in candidate_scores(rows, scores, dataset):
-                relevant = relevance.indices[relevance.indptr[query] : relevance.indptr[query + 1]]
-                if candidates is not None:
-                    relevant = np.searchsorted(candidates, relevant)
-                for name, value in query_metrics(own_scores, relevant).items():
-                    metrics[name][query] = value
+        for rows, scores in score_blocks(queries, documents, dataset.repeats):
+            blocks.append(measure(rows, scores, dataset))
             raw.write(rows, scores, sampled[rows], teacher_scores[rows])
-    return metrics
+    return {name: np.concatenate([block[name] for block in blocks]) for name in METRICS}
 
 
 # --- Around the run --------------------------------------------------------------------------------------------------
@@ -300,15 +224,24 @@ def make_embedder(config: ExperimentConfig, device: str) -> TextEmbedder:
     )
 
 
-def experiment_hash(config: ExperimentConfig, templates: EmbeddingTemplates) -> str:
-    """Hash over all that changes a figure; of the template file, what this run uses counts, not its name."""
-    return short_hash(config.result_flags() | {"instruction_templates": templates.as_dict()})
+def run_hash(config: ExperimentConfig, texts: FilledTexts, dataset: RetrievalDataset, embedder: TextEmbedder) -> str:
+    """Hash over all that changes a figure.
+
+    What a flag stands for counts, not how it is written: the content of the dataset, the identity of the model, the
+    templates that this run uses.
+    """
+    flags = config.result_flags()
+    for name in ("dataset", "embedding_model", "embedding_model_revision", "embedder_dtype", "instruction_templates"):
+        del flags[name]
+    templates = {name: value for name, value in texts.templates.as_dict().items() if name != "entry"}
+    return short_hash([flags, dataset.fingerprint, embedder.setup, templates])
 
 
-def default_name(config: ExperimentConfig, run_hash: str) -> str:
-    """``<dataset>_<model>_<hash>``: the same flags give the same folder."""
+def default_name(config: ExperimentConfig, digest: str) -> str:
+    """``<dataset>_<model>_<hash>``: the same experiment gives the same folder."""
     model = config.embedding_model.rstrip("/").rsplit("/", 1)[-1]
-    return f"{slug(config.dataset)}_{slug(model)}_{run_hash}"
+    dataset = Path(config.dataset).resolve().name if is_folder(config.dataset) else config.dataset
+    return f"{slug(dataset)}_{slug(model)}_{digest}"
 
 
 def save_tensors(
@@ -356,12 +289,17 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def fail(folder: RunFolder, error: BaseException) -> None:
-    """Mark the run failed and put the reason into its log; raises a one-line error where one says it better."""
+    """Mark the run failed and put the reason into its log.
+
+    Raises:
+        RunError: in place of the system's own error (a full disk, say), with what is kept.
+    """
+    status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     reason = str(error) or type(error).__name__
     expected = isinstance(error, UserError | KeyboardInterrupt | OSError)
-    logging.getLogger(__name__).error("failed: %s", reason, exc_info=None if expected else error)
+    logger.error("%s: %s", status, reason, exc_info=None if expected else error)
     try:
-        folder.set_status("interrupted" if isinstance(error, KeyboardInterrupt) else "failed", reason=reason)
+        folder.give_up(status, reason)
     except OSError:
         logger.error("config.json could not be written either")
     if isinstance(error, OSError):

@@ -5,8 +5,11 @@ Knows nothing of experiments: every other room raises these, the commands turn t
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -25,8 +28,10 @@ def run_command(main: Callable[[], None]) -> None:
     """Call ``main`` and end the process with the status that a shell or a batch runner expects.
 
     0 on success, 2 for a mistake in what was given, 1 for a failure during the work, 130 after Ctrl-C.
-    An exception that is none of ours is a defect of this program and keeps its traceback.
+    A request to end (SIGTERM) is taken like Ctrl-C. An exception that is none of ours is a defect of this program and
+    keeps its traceback.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except UserError as error:
@@ -36,3 +41,11 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+
+
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Like ``Path.is_dir``, for what users type: a name too long or with impossible characters is no folder."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False

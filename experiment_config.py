@@ -75,10 +75,11 @@ class ExperimentConfig:
     )
     reranker_model: str = flag(
         "mistralai/Mistral-Small-3.2-24B-Instruct-2506",
-        "teacher that scores the sampled documents: cross-encoder/NAME runs here; a language model is called",
+        "teacher that scores the sampled documents: cross-encoder/NAME, or a folder with a cross-encoder (this version "
+        "cannot ask language models)",
         NOT_EMPTY,
     )
-    hyde_model: str | None = flag(None, "language model that writes HyDE passages; without it no HyDE variant")
+    hyde_model: str | None = flag(None, "language model that writes HyDE passages (not in this version)")
     computation_types: str = flag(
         "all",
         "variants beside the original query; 'all' leaves HyDE out when there is no --hyde_model",
@@ -93,7 +94,7 @@ class ExperimentConfig:
         20, "how many of them are the first ranks; the others are drawn from the rest (at most --total_scores)",
         NOT_NEGATIVE,
     )
-    optimize_with_gold: bool = flag(False, "teacher = the gold labels: an oracle that bounds what a teacher can give")
+    optimize_with_gold: bool = flag(False, "teacher = the gold labels: an oracle, for reference")
     refit: bool = flag(
         False,
         "ReFIT's preset: min-max normalised scores, temperature 2, lr 0.005, its cross-encoder (unless you set these)",
@@ -224,10 +225,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, names: Iterable[str] | None = None, aliases: Mapping[str, str] | None = None
+    parser: argparse.ArgumentParser, only: Iterable[str] | None = None, aliases: Mapping[str, str] | None = None
 ) -> None:
-    """Add the flags of the dataclass (all, or those in ``names``) to ``parser``; values stay texts until checked."""
-    wanted = set(names) if names is not None else {f.name for f in fields()}
+    """Add the flags of the dataclass (all, or ``only`` some) to ``parser``; values stay texts until checked."""
+    wanted = set(only) if only is not None else {f.name for f in fields()}
     for field in fields():
         if field.name not in wanted:
             continue
@@ -244,7 +245,7 @@ def add_flags(
         )
 
 
-def parse_known_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, str]:
+def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, str]:
     """Parse ``argv`` strictly and return what was set, as texts.
 
     Raises:
@@ -258,8 +259,10 @@ def parse_known_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> d
         for before, word in itertools.pairwise(["", *unknown]):
             if before.startswith("-") and not word.startswith("-"):
                 continue
-            near = difflib.get_close_matches(word.split("=")[0], known, n=1, cutoff=0.7)
-            hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+            name = word.split("=")[0]
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+            near = [option for option in known if option.endswith(name.replace("--", "_"))] or near
+            hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the flags"
             lines.append(f"unknown {'flag' if word.startswith('-') else 'argument'} {word!r}; {hint}")
         raise UserError("\n".join(lines))
     return vars(namespace)
@@ -269,10 +272,10 @@ def parse_arguments(description: str, argv: Sequence[str] | None = None) -> Expe
     """Read the command line of a script that takes every experiment flag."""
     parser = OneLineParser(description=description, usage="%(prog)s [--flag VALUE ...]", allow_abbrev=False)
     add_flags(parser)
-    return build_config(parse_known_flags(parser, sys.argv[1:] if argv is None else argv))
+    return build_config(parse_flags(parser, sys.argv[1:] if argv is None else argv))
 
 
 def short_hash(value: Any) -> str:
     """Eight hexadecimal digits over a JSON-able value; the same on every machine and in every process."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(value, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

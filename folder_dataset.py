@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,15 +13,20 @@ from errors import UserError
 from retrieval_dataset import TASK_TYPES, RetrievalDataset, join_title, pairs_to_matrix, read_json_lines, read_tsv
 
 logger = logging.getLogger(__name__)
+NEEDED_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
 
 
 def _read_texts(path: Path, what: str) -> tuple[list[str], list[str]]:
     """Ids and texts of corpus.jsonl or queries.jsonl."""
     rows: dict[str, str] = {}
     for number, row in read_json_lines(path):
-        if not isinstance(row.get("_id"), str | int) or not isinstance(row.get("text"), str):
+        identifier, title = row.get("_id"), row.get("title")
+        is_identifier = isinstance(identifier, str | int) and not isinstance(identifier, bool)
+        if not is_identifier or not isinstance(row.get("text"), str):
             raise UserError(f"{path}:{number}: expected '_id' and 'text' (a string), found {', '.join(row)}")
-        identifier, text = str(row["_id"]), join_title(row.get("title"), row["text"])
+        if title is not None and not isinstance(title, str):
+            raise UserError(f"{path}:{number}: 'title' must be a text, found {type(title).__name__}")
+        identifier, text = str(identifier), join_title(title, row["text"])
         if not text:
             raise UserError(f"{path}:{number}: {what} {identifier!r} has an empty text")
         if identifier in rows:
@@ -37,32 +43,18 @@ def load_folder(folder: Path, name: str | None = None) -> RetrievalDataset:
     Raises:
         UserError: naming the file, the line, and what is wrong there.
     """
+    for needed in NEEDED_FILES:
+        if not (folder / needed).is_file():
+            raise UserError(f"{folder / needed}: missing; a dataset folder has {', '.join(NEEDED_FILES)}")
     document_ids, documents = _read_texts(folder / "corpus.jsonl", "document")
     query_ids, queries = _read_texts(folder / "queries.jsonl", "query")
     rows = {"query": {i: r for r, i in enumerate(query_ids)}, "document": {i: r for r, i in enumerate(document_ids)}}
-
-    def read_pairs(path: Path, columns: Sequence[str]) -> Iterator[tuple[tuple[int, int], list[str], int]]:
-        for number, cells in read_tsv(path, columns):
-            for what, identifier in zip(rows, cells, strict=False):
-                if identifier not in rows[what]:
-                    source = "queries.jsonl" if what == "query" else "corpus.jsonl"
-                    raise UserError(f"{path}:{number}: {what} {identifier!r} is not in {source}")
-            yield (rows["query"][cells[0]], rows["document"][cells[1]]), cells, number
-
-    relevant, shape = [], (len(queries), len(documents))
-    qrels_path = folder / "qrels" / "test.tsv"
-    for pair, cells, number in read_pairs(qrels_path, ["query-id", "corpus-id", "score"]):
-        try:
-            if float(cells[2]) > 0:
-                relevant.append(pair)
-        except ValueError:
-            raise UserError(f"{qrels_path}:{number}: score {cells[2]!r} is not a number") from None
-    candidates = None
+    relevant = list(_read_relevant(folder / "qrels" / "test.tsv", rows))
+    candidates, shape = None, (len(queries), len(documents))
     if (path := folder / "candidates.tsv").exists():
-        candidate_pairs = {pair for pair, _, _ in read_pairs(path, ["query-id", "corpus-id"])}
+        candidate_pairs = {pair for pair, _, _ in _read_pairs(path, ["query-id", "corpus-id"], rows)}
         candidates = pairs_to_matrix(candidate_pairs, *shape)
-        outside = len(set(relevant) - candidate_pairs)
-        if outside:
+        if outside := len(set(relevant) - candidate_pairs):
             logger.warning("%s: %d relevant pairs are no candidates and do not count", folder, outside)
             relevant = [pair for pair in relevant if pair in candidate_pairs]
     return RetrievalDataset(
@@ -75,6 +67,31 @@ def load_folder(folder: Path, name: str | None = None) -> RetrievalDataset:
         candidates=candidates,
         **_read_dataset_yaml(folder / "dataset.yaml"),
     )
+
+
+def _read_pairs(
+    path: Path, columns: Sequence[str], rows: dict[str, dict[str, int]]
+) -> Iterator[tuple[tuple[int, int], list[str], int]]:
+    """Yield ((query row, document row), cells, line number) of a file whose first two columns are ids."""
+    for number, cells in read_tsv(path, columns):
+        for what, identifier in zip(rows, cells, strict=False):
+            if identifier not in rows[what]:
+                source = "queries.jsonl" if what == "query" else "corpus.jsonl"
+                raise UserError(f"{path}:{number}: {what} {identifier!r} is not in {source}")
+        yield (rows["query"][cells[0]], rows["document"][cells[1]]), cells, number
+
+
+def _read_relevant(path: Path, rows: dict[str, dict[str, int]]) -> Iterator[tuple[int, int]]:
+    """Yield the pairs of a qrels file with a score above 0."""
+    for pair, cells, number in _read_pairs(path, ["query-id", "corpus-id", "score"], rows):
+        try:
+            score = float(cells[2])
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            raise UserError(f"{path}:{number}: score {cells[2]!r} is not a number")
+        if score > 0:
+            yield pair
 
 
 def _read_dataset_yaml(path: Path) -> dict[str, str]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from errors import UserError
+from retrieval_dataset import RetrievalDataset
 
 SECTIONS = ("embedding_models", "dataset_instructions")
+MOST_PROBLEMS = 3
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
@@ -70,11 +73,12 @@ def read_templates(path: str | Path) -> dict[str, Any]:
     if unknown := [str(section) for section in content if section not in SECTIONS]:
         raise UserError(f"{where} has an unknown section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
     if problems := list(_problems(content)):
-        raise UserError("\n".join(f"{where}: {problem}" for problem in problems))
+        more = [f"and {len(problems) - MOST_PROBLEMS} problems more"] if len(problems) > MOST_PROBLEMS else []
+        raise UserError("\n".join(f"{where}: {problem}" for problem in problems[:MOST_PROBLEMS] + more))
     return content
 
 
-def _problems(content: dict[str, Any]) -> Any:
+def _problems(content: dict[str, Any]) -> Iterator[str]:
     for section in SECTIONS:
         if "default" not in content[section]:
             yield f"{section} has no entry 'default'"
@@ -82,38 +86,69 @@ def _problems(content: dict[str, Any]) -> Any:
         if not isinstance(text, str) or not text.strip():
             yield f"dataset_instructions, {name}: must be a text"
     for name, entry in content["embedding_models"].items():
-        if not isinstance(entry, dict) or set(entry) != {"query", "document"}:
+        if not isinstance(name, str):
+            yield f"embedding_models, {name}: the name must be a text"
+        elif not isinstance(entry, dict) or set(entry) != {"query", "document"}:
             yield f"embedding_models, {name}: must have 'query' and 'document' and nothing else"
-            continue
-        for part, allowed in (("query", {"text", "instruction"}), ("document", {"text"})):
-            template = entry[part]
-            found = set(PLACEHOLDER.findall(template)) if isinstance(template, str) else set()
-            if "text" not in found:
-                yield f"embedding_models, {name}: the {part} template must contain {{text}}, it is {template!r}"
-            elif found - allowed:
-                yield f"embedding_models, {name}: the {part} template has an unknown {{{min(found - allowed)}}}"
+        else:
+            yield from _template_problems(f"embedding_models, {name}", entry)
 
 
-def templates_for(
-    content: dict[str, Any], embedding_model: str, dataset_name: str, instruction: str | None = None
-) -> EmbeddingTemplates:
+def _template_problems(where: str, entry: dict[str, Any]) -> Iterator[str]:
+    for part, allowed in (("query", {"text", "instruction"}), ("document", {"text"})):
+        template = entry[part]
+        found = set(PLACEHOLDER.findall(template)) if isinstance(template, str) else set()
+        if "text" not in found:
+            yield f"{where}: the {part} template must contain {{text}}, it is {template!r}"
+        elif found - allowed:
+            yield f"{where}: the {part} template has an unknown {{{min(found - allowed)}}}"
+
+
+def known_name(model: str, names: Iterable[str]) -> str | None:
+    """The one of ``names`` that a model goes by: its own, or the one with the same part after the last slash.
+
+    So a local copy of a known model, ``/models/Qwen3-Embedding-8B``, is treated as that model.
+    """
+    if model in (names := list(names)):
+        return model
+    last = model.rstrip("/").rsplit("/", 1)[-1]
+    return next((name for name in names if name.rsplit("/", 1)[-1] == last), None)
+
+
+def templates_for(content: dict[str, Any], embedding_model: str, dataset_name: str) -> EmbeddingTemplates:
     """The templates of one model on one dataset.
 
     Args:
         content: from :func:`read_templates`.
-        embedding_model: looked up by its whole name, then by the part after the last slash (so that a local copy of a
-            known model gets its templates), then ``default``.
+        embedding_model: looked up with :func:`known_name`, then ``default``.
         dataset_name: looked up in ``dataset_instructions``, then ``default``.
-        instruction: a folder dataset's own, which goes before the file's.
     """
     entries = content["embedding_models"]
-    last = embedding_model.rstrip("/").rsplit("/", 1)[-1]
-    by_last = next((name for name in entries if name.rsplit("/", 1)[-1] == last), "default")
-    entry = embedding_model if embedding_model in entries else by_last
+    entry = known_name(embedding_model, entries) or "default"
     instructions = content["dataset_instructions"]
     return EmbeddingTemplates(
         query=entries[entry]["query"],
         document=entries[entry]["document"],
-        instruction=instruction or instructions.get(dataset_name, instructions["default"]),
+        instruction=instructions.get(dataset_name, instructions["default"]),
         entry=entry,
+    )
+
+
+@dataclass(frozen=True)
+class FilledTexts:
+    """A dataset's texts as an embedding model reads them, and the templates they were filled into."""
+
+    documents: list[str]
+    queries: list[str]
+    templates: EmbeddingTemplates
+
+
+def fill_templates(templates: EmbeddingTemplates, dataset: RetrievalDataset) -> FilledTexts:
+    """Put a dataset's texts into templates; a folder dataset's own instruction goes before the file's."""
+    if dataset.instruction:
+        templates = replace(templates, instruction=dataset.instruction)
+    return FilledTexts(
+        documents=[templates.fill_document(text) for text in dataset.documents],
+        queries=[templates.fill_query(text) for text in dataset.queries],
+        templates=templates,
     )

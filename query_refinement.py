@@ -6,11 +6,10 @@ that has vectors and scores of its own.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,8 @@ from torch.nn.functional import normalize
 
 KL_EPSILON = 1e-8
 BETA_1, BETA_2, ADAM_EPSILON = 0.9, 0.999, 1e-8
-# Every step reads all documents twice. On a CPU that is twice as fast when they fit into its last cache.
-CPU_BLOCK_BYTES = 1 << 24
+# Every step reads all documents twice. On a CPU that is twice as fast when they stay in its caches.
+CPU_BLOCK_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ def teacher_distribution(
     scores = scores.masked_fill(~known, 0.0)
     if normalise:
         scores = min_max(scores, known)
-    return torch.softmax((scores / temperature).masked_fill(~known, -math.inf), dim=-1)
+    p = torch.softmax((scores / temperature).masked_fill(~known, -math.inf), dim=-1)
+    return p.nan_to_num()  # a query without any score has no distribution, and is not moved
 
 
 def cosine_gradient(p: Tensor, cosines: Tensor, known: Tensor, temperature: float, normalise: bool) -> tuple:
@@ -107,23 +107,6 @@ def cosine_gradient(p: Tensor, cosines: Tensor, known: Tensor, temperature: floa
     return loss, gradient
 
 
-def in_cache_sized_blocks(refine: Callable[..., Refinement]) -> Callable[..., Refinement]:
-    """Let ``refine`` work on as many queries at a time as a CPU's cache holds; nothing else changes."""
-
-    @functools.wraps(refine)
-    def refine_blocks(query_vectors: Tensor, document_vectors: Tensor, scores: Tensor, **options: Any) -> Refinement:
-        tensors, size = (query_vectors, document_vectors, scores), document_vectors.nbytes
-        lengths = {len(tensor) for tensor in tensors}
-        if query_vectors.device.type != "cpu" or size <= CPU_BLOCK_BYTES or len(lengths) > 1:
-            return refine(*tensors, **options)
-        rows = max(1, CPU_BLOCK_BYTES * len(query_vectors) // size)
-        blocks = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-        return concatenate([refine(*block, **options) for block in blocks])
-
-    return refine_blocks
-
-
-@in_cache_sized_blocks
 @torch.no_grad()
 def refine_queries(
     query_vectors: Tensor,
@@ -145,10 +128,13 @@ def refine_queries(
     alone, so a query's result does not depend on which others are refined with it. Source: arXiv 2605.12487; ReFIT
     (arXiv 2305.11744) is ``normalise_scores=True, normalise_cosines=True, teacher_temperature=2, lr=0.005``.
 
+    Adam moves a coordinate by about ``lr`` a step whatever its size: the default is made for queries of unit length.
+    Give normalised queries, or a larger ``lr`` for longer ones.
+
     Args:
-        query_vectors: float32 [Q, D], as the embedding model gave them; none is zero.
+        query_vectors: float32 [Q, D], as the embedding model gave them. One of length 0 has no direction and stays.
         document_vectors: float32 [Q, K, D], the scored documents of each query, of any length above 0. Rows without a
-            score may hold anything finite.
+            score may hold anything.
         scores: float32 [Q, K], the teacher's; NaN where there is none. Such documents take no part. A query with
             fewer than two scores keeps its vector.
         lr: Adam's learning rate, in units of the query vector's coordinates.
@@ -159,27 +145,74 @@ def refine_queries(
         normalise_cosines: min-max normalise each query's cosines before their softmax, at every step.
         trajectory_every: also return losses, and the vectors at every so many steps.
 
+    Arrays and other dtypes are taken too and turned into float32 tensors.
+
     Returns:
         Refinement.
 
     Raises:
-        ValueError: shapes do not fit together; says which were expected.
+        ValueError: shapes do not fit together, or a score is infinite; says what was expected.
     """
-    n_queries, dimension = query_vectors.shape
-    if scores.ndim != 2 or document_vectors.shape != (n_queries, scores.shape[1], dimension):
+    tensors = [torch.as_tensor(value).float() for value in (query_vectors, document_vectors, scores)]
+    query_vectors, document_vectors, scores = tensors
+    shapes = [list(tensor.shape) for tensor in tensors]
+    if query_vectors.ndim != 2 or scores.ndim != 2 or shapes[1] != [shapes[0][0], shapes[2][1], shapes[0][1]]:
         raise ValueError(
-            f"query_vectors {tuple(query_vectors.shape)} need document_vectors [{n_queries}, K, {dimension}] and "
-            f"scores [{n_queries}, K], got {tuple(document_vectors.shape)} and {tuple(scores.shape)}"
+            "expected query_vectors [Q, D], document_vectors [Q, K, D] and scores [Q, K], got "
+            + ", ".join(map(str, shapes))
         )
+    if scores.isinf().any():
+        raise ValueError("scores hold infinity; use NaN for a document without a score")
     known = ~scores.isnan()
-    moves = known.sum(-1, keepdim=True) >= 2
-    # A query that is not moved gets two equal scores on the way, so that no NaN arises; its vector is put back below.
-    known = torch.where(moves, known, torch.ones_like(known))
-    scores = torch.where(moves, scores, torch.zeros_like(scores))
     p = teacher_distribution(scores, known, temperature=teacher_temperature, normalise=normalise_scores)
-    documents = normalize(document_vectors.float(), dim=-1)
+    size = len(query_vectors)
+    if query_vectors.device.type == "cpu":
+        size = CPU_BLOCK_BYTES // max(1, document_vectors[0].nbytes) if size else 0
+    with _one_thread(query_vectors.device):
+        parts = (tensor.split(max(1, size)) for tensor in (query_vectors, document_vectors, p, known))
+        return concatenate(
+            [
+                _refine_block(*block, lr, num_steps, student_temperature, normalise_cosines, trajectory_every)
+                for block in zip(*parts, strict=True)
+            ]
+        )
 
-    q = query_vectors.float().clone()
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Keep the many small operations of a block on one core.
+
+    Two threads would save a third of the time on an idle machine, and cost ten to a hundred times as much as soon as
+    another process wants a core: threads wait for each other at each of some thousand operations.
+    """
+    before = torch.get_num_threads()
+    if device.type != "cpu" or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _refine_block(
+    query_vectors: Tensor,
+    document_vectors: Tensor,
+    p: Tensor,
+    known: Tensor,
+    lr: float,
+    num_steps: int,
+    student_temperature: float,
+    normalise_cosines: bool,
+    trajectory_every: int | None,
+) -> Refinement:
+    """Refine queries [Q, D] towards the teacher's distribution p [Q, K] over their known [Q, K] documents."""
+    moves = (known.sum(-1, keepdim=True) >= 2) & (query_vectors != 0).any(-1, keepdim=True)
+    # What does not move still goes through the arithmetic, on numbers without NaN; its vector is put back at the end.
+    q = torch.where(moves, query_vectors, torch.ones_like(query_vectors))
+    known = known | ~moves
+    documents = normalize(document_vectors.masked_fill(~known.unsqueeze(-1), 0.0).nan_to_num(), dim=-1)
     first_moment, second_moment = torch.zeros_like(q), torch.zeros_like(q)
     losses, steps, trajectory = [], [], []
 

@@ -1,6 +1,6 @@
 """Teachers: queries with their sampled documents in, scores out; one factory by name. Knows no vector.
 
-A teacher is an object with ``name`` and ``score(dataset, sampled)``. To add one, write such a class and
+A teacher is an object with ``name``, ``revision`` and ``score(dataset, sampled)``. To add one, write such a class and
 enter it in ``make_reranker``, and its names in ``check_reranker``.
 """
 
@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import logging
 import math
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from devices import free_device_memory, is_out_of_memory
-from downloads import hub_is_reachable
-from errors import RunError, UserError
+from errors import RunError, UserError, is_folder
 from experiment_config import ExperimentConfig
+from model_loading import load_model
 from retrieval_dataset import RetrievalDataset
 
 logger = logging.getLogger(__name__)
@@ -30,9 +29,11 @@ class Reranker(Protocol):
 
     Attributes:
         name: for results and logs.
+        revision: the commit of a hub model, or None.
     """
 
     name: str
+    revision: str | None
 
     def score(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
         """Score the sampled documents of all queries at once.
@@ -51,6 +52,7 @@ class GoldReranker:
     """The gold labels as teacher: 1 for a relevant document, 0 for another. An oracle."""
 
     name = "gold labels (oracle)"
+    revision = None
 
     def score(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
         """See :class:`Reranker`."""
@@ -68,39 +70,35 @@ class CrossEncoderReranker:
         self.device = device
         self.batch_size = batch_size
         self.trust_remote_code = trust_remote_code
+        self.revision: str | None = None
         self._model: Any = None
 
     def load(self) -> None:
-        """Load the model, so that a wrong name is told before any other work.
+        """Load the model into main memory, so that a wrong one is told before any other work.
+
+        It moves to its device when it scores, after the embedding model has left it.
 
         Raises:
-            UserError: the model cannot be had, needs remote code, or gives more than one score a pair.
+            UserError: the model cannot be had, needs remote code, or is no sequence classifier with one score a pair.
         """
-        if not Path(self.name).is_dir():
-            hub_is_reachable()  # before the imports: offline, the libraries then look into their own cache at once
-        import sentence_transformers
-        import transformers
+        logger.info("loading %s", self.name)
+        self._model = load_model("--reranker_model", self.name, self._make)
+        architecture = (self._model.config.architectures or ["none"])[0]
+        if not architecture.endswith("ForSequenceClassification") or self._model.num_labels != 1:
+            found = f"{architecture} with {self._model.num_labels} values a pair"
+            raise UserError(f"--reranker_model: {self.name} is {found}, expected a sequence classifier with one")
+        self.revision = getattr(self._model.config, "_commit_hash", None)
 
-        transformers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.set_verbosity_error()
-        logger.info("loading %s (%s)", self.name, self.device)
-        try:
-            self._model = sentence_transformers.CrossEncoder(
-                self.name, device=self.device, trust_remote_code=self.trust_remote_code
-            )
-        except Exception as error:  # the libraries raise many types for a missing, broken or unreachable model
-            if "trust_remote_code" in str(error):
-                reason = "it needs Python code that comes with it; read it, then add --trust_remote_code"
-            else:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"--reranker_model: {self.name} cannot be loaded ({reason})") from None
-        if self._model.num_labels != 1:
-            raise UserError(f"--reranker_model: {self.name} gives {self._model.num_labels} values a pair, expected 1")
+    def _make(self) -> Any:
+        import sentence_transformers
+
+        return sentence_transformers.CrossEncoder(
+            self.name, device="cpu", trust_remote_code=self.trust_remote_code, model_kwargs={"dtype": "float32"}
+        )
 
     def score(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
         """See :class:`Reranker`. Pairs of all queries go in together, the longest first."""
-        if self._model is None:
-            self.load()
+        self._model.to(self.device)
         places = np.argwhere(sampled >= 0)
         lengths = np.array([len(dataset.documents[sampled[q, k]]) + len(dataset.queries[q]) for q, k in places])
         places = places[np.argsort(-lengths, kind="stable")]
@@ -135,11 +133,12 @@ def check_reranker(config: ExperimentConfig) -> None:
     """
     problems = []
     instead = "give --optimize_with_gold or --reranker_model cross-encoder/NAME"
-    local = config.reranker_model.startswith(CROSS_ENCODER_PREFIX) or Path(config.reranker_model).is_dir()
+    local = config.reranker_model.startswith(CROSS_ENCODER_PREFIX) or is_folder(config.reranker_model)
     if not config.optimize_with_gold and not local:
-        problems.append(f"--reranker_model: {config.reranker_model} is a language model, not supported yet; {instead}")
+        problem = f"{config.reranker_model} is a language model, which this version cannot ask; {instead}"
+        problems.append(f"--reranker_model: {problem}")
     if config.hyde_model is not None:
-        problems.append(f"--hyde_model: {config.hyde_model}: HyDE passages are not supported yet; leave the flag out")
+        problems.append(f"--hyde_model: {config.hyde_model}: this version writes no HyDE passages; leave the flag out")
     if problems:
         raise UserError("\n".join(problems))
 

@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import platform
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,13 +28,14 @@ from errors import UserError
 from retrieval_dataset import RetrievalDataset
 
 logger = logging.getLogger(__name__)
-ROW_GROUP = 1 << 20
+VARIANTS = ("embeddings", "optimized_embeddings", "hyde", "optimized_hyde_embeddings")
+ROW_GROUP = 1 << 20  # rows; a block of scores that is larger stays in one piece
 PACKAGES = ("torch", "sentence-transformers", "transformers", "numpy", "pyarrow")
 RAW_SCHEMA = pa.schema(
     [
-        ("topic", pa.dictionary(pa.int32(), pa.string())),
-        ("document_id", pa.dictionary(pa.int32(), pa.string())),
-        ("document", pa.dictionary(pa.int32(), pa.string())),
+        ("topic", pa.dictionary(pa.int32(), pa.large_string())),
+        ("document_id", pa.dictionary(pa.int32(), pa.large_string())),
+        ("document", pa.dictionary(pa.int32(), pa.large_string())),
         ("gold_label", pa.int8()),
         ("score", pa.float32()),
         ("reranker_score", pa.float32()),
@@ -50,9 +50,13 @@ def check_writable(flag: str, folder: Path) -> None:
         UserError: naming the flag and the folder.
     """
     existing = folder
-    while not os.path.lexists(existing) and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
+    try:
+        while not os.path.lexists(existing) and existing != existing.parent:
+            existing = existing.parent
+        is_a_folder = existing.is_dir()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}: {str(folder)[:100]!r} is no name of a folder ({error})") from None
+    if not is_a_folder:
         raise UserError(f"{flag}: {folder} cannot be written: {existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{flag}: {folder} cannot be written: no permission in {existing}")
@@ -84,6 +88,9 @@ def _without_nan(value: Any) -> Any:
 class RunFolder:
     """``output_dir/experiment_name``: made when the run starts, marked completed when it ends.
 
+    Results of an earlier run stay until the new ones are about to be written; a run that fails before gives the folder
+    back as it was. While a run is at work no other may write there.
+
     Args:
         folder: the run's folder.
         settings: what ``config.json`` holds beside the status.
@@ -92,40 +99,89 @@ class RunFolder:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
         self._settings = settings
+        self._earlier: bytes | None = None  # the config.json of an earlier completed run whose results are still there
+        self._lock: int | None = None
 
     def begin(self) -> None:
-        """Make the folder, mark it running, and take away what an earlier run left there.
+        """Make the folder and mark it running.
 
         Raises:
-            UserError: it cannot be made or written.
+            UserError: it cannot be written, holds something else than a run, or another run is at work in it.
         """
+        config = self.folder / "config.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if (self.folder / "config.json").exists():
-                logger.info("replacing the results in %s", self.folder)
+            self._take_lock()
+            if any(name != "run.log" and not name.startswith(".") for name in os.listdir(self.folder)):
+                self._look_at_earlier_run(config)
+            for left_over in self.folder.glob(".*.tmp"):
+                left_over.unlink()
             self.set_status("running")
-            for pattern in ("*_results.csv", "*_raw_scores.parquet", "summary.json", ".*.tmp"):
-                for path in self.folder.glob(pattern):
-                    path.unlink()
-            shutil.rmtree(self.folder / "tensors", ignore_errors=True)
         except OSError as error:
             raise UserError(f"--output_dir: {self.folder} cannot be written ({error.strerror})") from None
+
+    def _take_lock(self) -> None:
+        """Lock the folder for the life of this process; the system lets go of it however the process ends."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--experiment_name: another run is writing to {self.folder}; wait for it or choose another name"
+            ) from None
+
+    def _look_at_earlier_run(self, config: Path) -> None:
+        try:
+            earlier = json.loads(config.read_bytes())
+            status = earlier["status"] if "experiment_name" in earlier else None
+        except (OSError, ValueError, KeyError, TypeError):
+            status = None
+        if status is None:
+            raise UserError(
+                f"--experiment_name: {self.folder} holds something else than a run of this program; choose another name"
+            )
+        if status == "completed":
+            logger.info("results of an earlier run in %s will be replaced", self.folder)
+            self._earlier = config.read_bytes()
+
+    def clear(self) -> None:
+        """Take an earlier run's results away; called when the new ones are computed and about to be written."""
+        self._earlier = None
+        for variant in VARIANTS:
+            for name in (f"{variant}_results.csv", f"{variant}_raw_scores.parquet", f"tensors/{variant}.safetensors"):
+                (self.folder / name).unlink(missing_ok=True)
+        (self.folder / "summary.json").unlink(missing_ok=True)
+        if (self.folder / "tensors").is_dir() and not os.listdir(self.folder / "tensors"):
+            (self.folder / "tensors").rmdir()
 
     def set_status(self, status: str, **more: str) -> None:
         """Write ``config.json`` with this status."""
         write_json(self.folder / "config.json", {"status": status, **more, **self._settings})
 
+    def give_up(self, status: str, reason: str) -> None:
+        """Mark the run failed or interrupted, or leave an earlier run's untouched results as they were."""
+        if self._earlier is None:
+            self.set_status(status, reason=reason)
+            return
+        earlier = self._earlier
+        write_atomically(self.folder / "config.json", lambda file: file.write(earlier))
+        logger.info("the earlier run's results in %s stay as they were", self.folder)
+
     def write_metrics(
-        self, variant: str, dataset: RetrievalDataset, metrics: dict[str, np.ndarray], flags: dict[str, Any]
+        self, variant: str, dataset: RetrievalDataset, metrics: dict[str, np.ndarray], settings: dict[str, Any]
     ) -> None:
-        """Write ``<variant>_results.csv``, a row a query: topic, metrics (float [Q] each), query id, flags."""
+        """Write ``<variant>_results.csv``, a row a query: topic, metrics (float [Q] each), query id, settings."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["topic", *metrics, "query_id", *flags])
+        writer.writerow(["topic", *metrics, "query_id", *settings])
         for i, (topic, query_id) in enumerate(zip(dataset.topics, dataset.query_ids, strict=True)):
             values = (column[i] for column in metrics.values())
             row = ["" if math.isnan(value) else f"{value:.6f}" for value in values]
-            writer.writerow([topic, *row, query_id, *("" if v is None else v for v in flags.values())])
+            writer.writerow([topic, *row, query_id, *("" if v is None else v for v in settings.values())])
         content = text.getvalue().encode()
         write_atomically(self.folder / f"{variant}_results.csv", lambda file: file.write(content))
 
@@ -156,7 +212,7 @@ class RawScoresWriter:
     def __init__(self, path: Path, dataset: RetrievalDataset) -> None:
         self._dataset = dataset
         self._dictionaries = [
-            pa.array(texts, pa.string()) for texts in (dataset.topics, dataset.document_ids, dataset.documents)
+            pa.array(texts, pa.large_string()) for texts in (dataset.topics, dataset.document_ids, dataset.documents)
         ]
         self._file = pq.ParquetWriter(
             path,
@@ -165,11 +221,14 @@ class RawScoresWriter:
             use_dictionary=["topic", "document_id", "document"],
             dictionary_pagesize_limit=1 << 30,  # beyond the limit the writer would repeat every text in every row
         )
+        self._waiting: list[tuple[np.ndarray, ...]] = []
 
     def __enter__(self) -> RawScoresWriter:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
+            self._write_row_group()
         self._file.close()
 
     def write(self, rows: slice, scores: np.ndarray, sampled: np.ndarray, reranker_scores: np.ndarray) -> None:
@@ -188,18 +247,30 @@ class RawScoresWriter:
         gold = data.relevance[rows].toarray().astype(np.int8)
         query_index = np.repeat(np.arange(rows.start, rows.start + n_queries, dtype=np.int32), n_documents)
         document_index = np.tile(np.arange(n_documents, dtype=np.int32), n_queries)
-        columns = [query_index, document_index, gold.ravel(), scores.ravel(), teacher.ravel()]
-        if data.candidates is not None:
-            keep = data.candidates[rows].toarray().ravel()
-            columns = [column[keep] for column in columns]
-        queries, documents, gold, scores, teacher = columns
+        columns = (query_index, document_index, gold.ravel(), scores.ravel(), teacher.ravel())
+        keep = slice(None) if data.candidates is None else data.candidates[rows].toarray().ravel()
+        self._waiting.append(tuple(column[keep].copy() for column in columns))
+        if sum(len(columns[0]) for columns in self._waiting) >= ROW_GROUP:
+            self._write_row_group()
+
+    def _write_row_group(self) -> None:
+        if not self._waiting:
+            return
+        parts = zip(*self._waiting, strict=True)
+        queries, documents, gold, scores, teacher = (np.concatenate(part) for part in parts)
+        self._waiting = []
+        topics, ids, texts = self._dictionaries
+        # A dictionary is stored once a row group: only the texts that occur in it.
+        used, document_index = np.unique(documents, return_inverse=True)
+        indices = (queries, document_index.astype(np.int32), document_index.astype(np.int32))
+        dictionaries = (topics, ids.take(used), texts.take(used)) if len(used) < len(ids) else (topics, ids, texts)
         encoded = [
             pa.DictionaryArray.from_arrays(pa.array(index), dictionary)
-            for index, dictionary in zip((queries, documents, documents), self._dictionaries, strict=True)
+            for index, dictionary in zip(indices, dictionaries, strict=True)
         ]
-        teacher_column = pa.array(teacher, mask=np.isnan(teacher))
-        table = pa.Table.from_arrays([*encoded, pa.array(gold), pa.array(scores), teacher_column], schema=RAW_SCHEMA)
-        self._file.write_table(table, row_group_size=ROW_GROUP)
+        columns = [*encoded, pa.array(gold), pa.array(scores), pa.array(teacher, mask=np.isnan(teacher))]
+        table = pa.Table.from_arrays(columns, schema=RAW_SCHEMA)
+        self._file.write_table(table, row_group_size=len(table))
 
 
 def comparison_table(means: dict[str, dict[str, float]], metrics: Sequence[str]) -> str:

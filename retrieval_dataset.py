@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import csv
+import functools
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,10 +47,33 @@ class RetrievalDataset:
     @property
     def topics(self) -> list[str]:
         """The queries as names of rows in results: unique, with the id behind a text that occurs twice."""
-        seen: dict[str, int] = {}
-        for query in self.queries:
-            seen[query] = seen.get(query, 0) + 1
-        return [q if seen[q] == 1 else f"{q} [{i}]" for q, i in zip(self.queries, self.query_ids, strict=True)]
+        times = collections.Counter(self.queries)
+        return [q if times[q] == 1 else f"{q} [{i}]" for q, i in zip(self.queries, self.query_ids, strict=True)]
+
+    @functools.cached_property
+    def repeats(self) -> tuple[np.ndarray, np.ndarray]:
+        """Documents with the text of an earlier one, and that earlier one: int64 [R] each.
+
+        Equal texts have equal vectors, but a matrix product may give their scores different last bits.
+        """
+        first: dict[str, int] = {}
+        earlier = [first.setdefault(text, i) for i, text in enumerate(self.documents)]
+        originals = np.array(earlier, dtype=np.int64)
+        repeated = np.flatnonzero(originals != np.arange(len(originals)))
+        return repeated, originals[repeated]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits over everything that figures depend on: texts, ids, relevance and candidates."""
+        digest = hashlib.blake2b(digest_size=8)
+        for texts in (self.queries, self.query_ids, self.documents, self.document_ids):
+            digest.update(f"{len(texts)}\n".encode())
+            for start in range(0, len(texts), 4096):
+                digest.update(json.dumps(texts[start : start + 4096]).encode())
+        for matrix in (self.relevance, self.candidates):
+            if matrix is not None:
+                digest.update(matrix.indptr.astype(np.int64).tobytes() + matrix.indices.astype(np.int64).tobytes())
+        return digest.hexdigest()
 
     def candidate_counts(self) -> np.ndarray:
         """int64 [Q]: how many candidates each query has."""
@@ -64,6 +90,7 @@ class RetrievalDataset:
             "relevant_pairs": int(self.relevance.nnz),
             "candidate_pairs": int(self.candidate_counts().sum()),
             "task_type": self.task_type,
+            "fingerprint": self.fingerprint,
         }
 
 
@@ -76,7 +103,7 @@ def pairs_to_matrix(pairs: Iterable[tuple[int, int]], n_queries: int, n_document
 
 def join_title(title: str | None, text: str, separator: str = " ") -> str:
     """Title and text as one document; a missing title leaves no stray separator."""
-    return separator.join(part for part in (title or "", text or "") if part.strip())
+    return separator.join(part for part in (title, text) if part and part.strip())
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:

@@ -178,5 +178,49 @@ def test_refined_vectors_can_go_on_into_autograd():
 
 def test_shapes_that_do_not_fit_are_told():
     queries, documents, scores = problem()
-    with pytest.raises(ValueError, match=r"\[7, K, 48\].*\(6, 20, 48\)"):
-        refine_queries(queries, documents[:6], scores)
+    for wrong in ((queries, documents[:6], scores), (queries[0], documents, scores), (queries, documents, scores[0])):
+        with pytest.raises(ValueError, match=r"expected query_vectors \[Q, D\].* got \[") as caught:
+            refine_queries(*wrong)
+        assert str(list(wrong[1].shape)) in str(caught.value)
+
+
+def test_arrays_of_other_types_are_taken():
+    queries, documents, scores = problem()
+    expected = refine_queries(queries, documents, scores).vectors
+    for convert in (lambda t: t.double(), lambda t: t.numpy(), lambda t: t.numpy().astype(np.float64), lambda t: t.tolist()):
+        found = refine_queries(convert(queries), convert(documents), convert(scores)).vectors
+        assert found.dtype == torch.float32
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_numbers_that_are_none_do_not_spread():
+    queries, documents, scores = problem(n_queries=4, missing=0.3)
+    expected = refine_queries(queries, documents, scores).vectors
+    documents[scores.isnan()] = float("nan")
+    queries[3] = 0
+    found = refine_queries(queries, documents, scores).vectors
+    assert torch.allclose(found[:3], expected[:3], atol=1e-6)
+    assert torch.equal(found[3], torch.zeros(48))
+    scores[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="infinity"):
+        refine_queries(queries, documents, scores)
+
+
+def test_the_students_temperature_divides_the_cosines():
+    queries, documents, scores = problem(n_queries=1)
+    q = queries[0].clone().requires_grad_(True)
+    s = torch.softmax(torch.nn.functional.cosine_similarity(q[None], documents[0]) / 0.1, -1)
+    p = torch.softmax(scores[0], -1)
+    (p * torch.log((p + 1e-8) / (s + 1e-8))).sum().backward()
+    expected = torch.optim.Adam([q], lr=1e-3)
+    expected.step()
+    found = refine_queries(queries, documents, scores, lr=1e-3, num_steps=1, student_temperature=0.1).vectors[0]
+    assert torch.allclose(found, q.detach(), atol=1e-6)
+
+
+def test_the_number_of_threads_is_left_as_it_was():
+    before = torch.get_num_threads()
+    refine_queries(*problem())
+    with pytest.raises(ValueError, match="infinity"):
+        refine_queries(*problem()[:2], torch.full((7, 20), float("inf")))
+    assert torch.get_num_threads() == before
