@@ -39,5 +39,5 @@ benchmark: .venv/.dev  ## the numbers of the README; DATA_DIR=folder where the d
 		$(BIN)/python benchmarks/second_run.py --data_dir $(DATA_DIR) --dataset $$dataset || exit 1; done
 	$(BIN)/python benchmarks/large_corpus.py
 
-clean:  ## remove .venv and the cache; results stay
-	rm -rf .venv cache
+clean:  ## remove .venv; vectors in cache/ and results in output/ stay
+	rm -rf .venv

@@ -143,7 +143,7 @@ def compute(
             folder.write_metrics(variant, dataset, metrics, {"teacher": reranker.name, **dataclasses.asdict(config)})
             means[variant] = mean_metrics(metrics)
     if config.save_tensors and "optimized_embeddings" in variants:
-        save_tensors(folder, "optimized_embeddings", queries, sampled, teacher_scores, refinement)
+        save_tensors(folder, dataset, queries, documents[sampled], sampled, teacher_scores, refinement)
     without = int((np.diff(dataset.relevance.indptr) == 0).sum())
     if without:
         logger.warning("%d of %d queries have no relevant document; left out of means", without, len(dataset.queries))
@@ -246,21 +246,24 @@ def default_name(config: ExperimentConfig, digest: str) -> str:
 
 def save_tensors(
     folder: RunFolder,
-    variant: str,
+    dataset: RetrievalDataset,
     queries: np.ndarray,
+    scored_vectors: np.ndarray,
     sampled: np.ndarray,
     teacher_scores: np.ndarray,
     refinement: Refinement,
 ) -> None:
-    """Keep what refinement saw and did, for later study."""
+    """Keep what refinement saw and did: enough to refine again without the corpus."""
     import torch
 
     folder.write_tensors(
-        variant,
+        "optimized_embeddings",
+        dataset.query_ids,
         {
             "query_vectors": torch.from_numpy(queries),
             "refined_vectors": refinement.vectors,
             "sampled_documents": torch.from_numpy(sampled),
+            "scored_vectors": torch.from_numpy(scored_vectors),
             "teacher_scores": torch.from_numpy(teacher_scores),
             "losses": refinement.losses,
             "steps": torch.tensor(refinement.steps),

@@ -185,12 +185,13 @@ class RunFolder:
         content = text.getvalue().encode()
         write_atomically(self.folder / f"{variant}_results.csv", lambda file: file.write(content))
 
-    def write_tensors(self, variant: str, tensors: dict[str, Any]) -> None:
-        """Write ``tensors/<variant>.safetensors`` from torch tensors by name."""
+    def write_tensors(self, variant: str, query_ids: Sequence[str], tensors: dict[str, Any]) -> None:
+        """Write ``tensors/<variant>.safetensors`` from torch tensors by name; query ids as JSON in its metadata."""
         from safetensors.torch import save
 
         (self.folder / "tensors").mkdir(exist_ok=True)
-        content = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        content = save(tensors, metadata={"query_ids": json.dumps(list(query_ids))})
         write_atomically(self.folder / "tensors" / f"{variant}.safetensors", lambda file: file.write(content))
 
     @contextmanager

@@ -7,7 +7,7 @@ import logging.handlers
 from pathlib import Path
 
 KEPT_LINES = 10_000
-QUIET_LIBRARIES = ("sentence_transformers", "transformers", "huggingface_hub", "datasets", "httpx")
+QUIET_LIBRARIES = ("sentence_transformers", "transformers", "huggingface_hub", "datasets", "httpx", "httpx2")
 
 
 def start_logging() -> logging.handlers.MemoryHandler:

@@ -23,7 +23,9 @@ PUBLIC_CODE = {"Clinc150": (63.8, 5275), "Banking77": (39.4, 3269), "ArgKP21": (
 def seconds_of(command: list[str]) -> float:
     """Wall time of one process."""
     started = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
     return time.perf_counter() - started
 
 
@@ -42,8 +44,11 @@ def main() -> None:
             command += [f"--{name}", str(getattr(args, name))]
         command += ["--output_dir", output, "--experiment_name", "run"]
         first = seconds_of(command)
-        later = min(seconds_of(command) for _ in range(args.repeats))
-        summary = json.loads((Path(output) / "run" / "summary.json").read_text())
+        runs = []
+        for _ in range(args.repeats):
+            seconds = seconds_of(command)
+            runs.append((seconds, json.loads((Path(output) / "run" / "summary.json").read_text())))
+    later, summary = min(runs, key=lambda run: run[0])
     floor = min(seconds_of([sys.executable, "-c", "import torch, pyarrow.parquet, scipy.sparse"]) for _ in range(3))
     memory = summary["peak_memory_mb"]
     print(f"{args.dataset}: first run {first:.1f} s; second run {later:.2f} s, peak memory {memory} MiB")

@@ -252,6 +252,8 @@ def test_broken_unicode_is_repaired_and_told(tmp_path, caplog):
         ("corpus.jsonl", '{"id": "d1", "text": "a"}\n', "corpus.jsonl:1: expected '_id' and 'text'"),
         ("corpus.jsonl", '{"_id": "d1", "text": 5}\n', "corpus.jsonl:1: expected '_id' and 'text'"),
         ("corpus.jsonl", '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "b"}\n', "corpus.jsonl:2: document 'd1' occurs twice"),
+        ("corpus.jsonl", '{"_id": "d1", "title": 5, "text": "a"}\n', "corpus.jsonl:1: 'title' must be a text, found int"),
+        ("corpus.jsonl", '{"_id": true, "text": "a"}\n', "corpus.jsonl:1: expected '_id' and 'text'"),
         ("corpus.jsonl", "", "corpus.jsonl: no document in it"),
         ("corpus.jsonl", '{"_id": "d1", "text": "  "}\n', "corpus.jsonl:1: document 'd1' has an empty text"),
         ("corpus.jsonl", b"\xff\xfe{}", "corpus.jsonl: cannot be read"),
@@ -261,6 +263,7 @@ def test_broken_unicode_is_repaired_and_told(tmp_path, caplog):
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq9\td1\t1\n", "test.tsv:2: query 'q9' is not in queries.jsonl"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\n", "test.tsv:2: expected query-id"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\tyes\n", "test.tsv:2: score 'yes' is not a number"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\tnan\n", "test.tsv:2: score 'nan' is not a number"),
         ("qrels/test.tsv", "q1\td1\t1\n", "test.tsv:1: expected a header line"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t0\n", "no query has a relevant document"),
         ("candidates.tsv", "query-id\tcorpus-id\nq1\td9\n", "candidates.tsv:2: document 'd9' is not in corpus.jsonl"),
@@ -284,7 +287,29 @@ def test_a_mistake_in_a_folder_is_one_line_with_file_and_line(tmp_path, file, co
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["clinc150", "Clinc", "nowhere/at/all"])
+def test_ids_with_broken_unicode_are_repaired_too(tmp_path):
+    folder = write_folder_dataset(tmp_path / "own", DOCUMENTS, QUERIES, [("q1", "d1", 1)])
+    with open(folder / "corpus.jsonl", "a") as file:
+        file.write('{"_id": "\\ud83d4", "text": "four"}\n')
+    assert load_dataset(str(folder), "unused").document_ids[-1] == "?4"
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path):
+    make = lambda name, **changes: load_dataset(  # noqa: E731
+        str(write_folder_dataset(tmp_path / name, **({"documents": DOCUMENTS, "queries": QUERIES, "qrels": QRELS} | changes))), "x"
+    ).fingerprint
+    same = make("a")
+    assert make("b") == same
+    different = [
+        make("c", documents=DOCUMENTS | {"d2": "zwei"}),
+        make("d", queries=QUERIES | {"q2": "deux"}),
+        make("e", qrels=QRELS[:1]),
+        make("f", candidates=[("q1", "d1"), ("q2", "d3")]),
+    ]
+    assert len({same, *different}) == 5
+
+
+@pytest.mark.parametrize("name", ["clinc150", "Clinc", "nowhere/at/all", "x" * 300])
 def test_an_unknown_dataset_is_told_with_the_names_there_are(name):
     with pytest.raises(UserError, match=f"--dataset: '{name}' is neither a folder nor one of Clinc150, ") as caught:
         check_dataset_name(name)

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 import downloads
-from downloads import fetch, open_zip
+from downloads import fetch, open_zip, read_member
 from errors import UserError
 
 CONTENT = os.urandom(3 << 20)
@@ -41,7 +41,13 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(503)
         else:
             self.send_response(200)
-            self.send_header("Content-Length", str(len(CONTENT)))
+            if self.path == "/chunked":
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                self.wfile.write(b"%x\r\n" % len(CONTENT) + CONTENT[:1000])  # and the connection closes
+                return
+            if self.path != "/endless":
+                self.send_header("Content-Length", str(len(CONTENT)))
             self.end_headers()
             self.wfile.write(CONTENT[: len(CONTENT) // 2] if self.path == "/cut" else CONTENT)
 
@@ -83,6 +89,8 @@ def test_a_server_that_recovers_is_asked_again(server, tmp_path):
         ("missing", None, "Not Found", 1),
         ("flaky", None, "Service Unavailable", 3),
         ("cut", None, "connection closed after", 3),
+        ("chunked", None, "IncompleteRead", 3),
+        ("endless", None, "does not say how long", 3),
         ("file", "0" * 64, "expected 000", 1),
     ],
 )
@@ -94,6 +102,21 @@ def test_a_failed_download_leaves_nothing_and_says_what_to_do(server, tmp_path, 
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "data").exists() or os.listdir(tmp_path / "data") == []
     assert server.requests == requests
+
+
+def test_a_data_folder_that_is_a_file_is_told(server, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"--data_dir: .*file.clinc150 cannot be written"):
+        fetch(server.url("file"), tmp_path / "file" / "clinc150" / "file.bin")
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "hub.local", "http://"])
+def test_a_hub_that_does_not_answer_is_asked_once(endpoint):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from downloads import hub_is_reachable as ask; import os\n"
+    code += "print(ask(), ask(), os.environ['HF_HUB_OFFLINE'])"
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {"HF_ENDPOINT": endpoint}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False", "1"], done.stderr
 
 
 def test_two_processes_fetch_the_same_file_at_once(server, tmp_path):
@@ -112,6 +135,16 @@ def test_zip_members_that_point_outside_are_refused(tmp_path, name):
         archive.writestr(name, "x")
     with pytest.raises(UserError, match="points outside"):
         open_zip(tmp_path / "a.zip")
+
+
+def test_a_damaged_member_is_told(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("paper", "x" * 1000)
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    content[500] ^= 1
+    (tmp_path / "a.zip").write_bytes(content)
+    with open_zip(tmp_path / "a.zip") as archive, pytest.raises(UserError, match="paper is damaged"):
+        read_member(archive, "paper")
 
 
 def test_a_cut_zip_is_told(tmp_path):

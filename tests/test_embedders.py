@@ -1,18 +1,31 @@
 """Embedding with tiny models of the real architectures, and with the real all-MiniLM-L6-v2."""
 
+import hashlib
 import logging
+import os
+import re
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
 import torch
-from conftest import MINILM
+from conftest import MINILM, WORDS, run_script
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Router, Transformer
+from sentence_transformers.sentence_transformer.modules import (
+    Normalize,
+    Pooling,
+    Router,
+    StaticEmbedding,
+    Transformer,
+)
 
+import cache_utils
 import embedders
 from devices import choose_device
-from embedders import ModelSettings, TextEmbedder, find_model, packaged_model_folder
+from embedders import ModelSettings, TextEmbedder, find_model, packaged_model_folder, settings_for
 from errors import RunError, UserError
 
 TEXTS = ["a late bicycle", "", "brake", "the hotel by the lake never paid " * 5, "brake", "Ünï cödé 🚲", "x" * 300]
@@ -162,6 +175,51 @@ def test_going_on_after_a_kill_gives_the_same_bits(tiny_models, tmp_path, monkey
     assert 0 < again.counts["embedded"] < 150
 
 
+def test_long_vectors_make_smaller_pieces_so_that_a_piece_is_still_a_shard(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedders, "SHARD_BYTES", 4 * 32 * 10)  # ten vectors of the tiny model
+    monkeypatch.setattr(cache_utils, "SHARD_BYTES", 4 * 32 * 10)
+    texts = [f"{'brake lake ' * (i % 7)}{i}" for i in range(95)]
+    embedder = embedder_for(tiny_models["qwen3"], tmp_path)
+    whole = embedder.embed(texts, "document")
+    shards = sorted(tmp_path.rglob("*.keys.npy"))
+    assert len(shards) == 10
+    for shard in shards[::4]:
+        shard.unlink()
+    again = embedder_for(tiny_models["qwen3"], tmp_path)
+    assert np.array_equal(again.embed(texts, "document"), whole)
+    assert again.counts["embedded"] in (25, 30)
+
+
+def test_a_model_without_all_its_weights_is_refused(tiny_models, tmp_path):
+    folder = shutil.copytree(tiny_models["bert"], tmp_path / "model")
+    path = next(folder.rglob("model.safetensors"))
+    weights = load_file(path)
+    gone = next(name for name in weights if "layer.1.output.dense.weight" in name)
+    del weights[gone]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks weights its kind of model needs \(1, first .*layer\.1\.output\.dense\.weight"):
+        embedder_for(folder, tmp_path / "cache").embed(["brake"], "document")
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+
+
+def test_a_model_without_its_unused_pooler_is_fine(tiny_models, tmp_path):
+    folder = shutil.copytree(tiny_models["bert"], tmp_path / "model")
+    path = next(folder.rglob("model.safetensors"))
+    weights = {name: value for name, value in load_file(path).items() if "pooler" not in name}
+    save_file(weights, path, metadata={"format": "pt"})
+    expected = embedder_for(tiny_models["bert"], tmp_path / "a").embed(["brake"], "document")
+    assert np.array_equal(embedder_for(folder, tmp_path / "b").embed(["brake"], "document"), expected)
+
+
+def test_static_embeddings_work(tiny_models, tmp_path):
+    tokenizer = SentenceTransformer(str(tiny_models["bert"]), device="cpu").tokenizer.backend_tokenizer
+    static = StaticEmbedding(tokenizer, embedding_weights=np.random.default_rng(0).standard_normal((len(WORDS) + 400, 16)))
+    SentenceTransformer(modules=[static], device="cpu").save_pretrained(str(tmp_path / "static"))
+    vectors = embedder_for(tmp_path / "static", tmp_path / "cache").embed(["brake lake", "hotel " * 100], "document")
+    expected = SentenceTransformer(str(tmp_path / "static"), device="cpu").encode(["brake lake", "hotel " * 100])
+    assert np.allclose(vectors, expected, atol=1e-6)
+
+
 def test_a_changed_model_folder_is_another_model(tiny_models, tmp_path):
     folder = shutil.copytree(tiny_models["bert"], tmp_path / "model")
     before = embedder_for(folder, tmp_path / "cache")
@@ -210,8 +268,81 @@ def test_a_model_in_the_hubs_local_cache_is_used_at_its_commit(tiny_models, tmp_
     for revision in ("main", commit):
         source = find_model("owner/model", revision)
         assert (source.revision, source.identity) == (commit, f"commit {commit}")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="at revision 'v2'"):
         find_model("owner/model", "v2")
+
+
+def test_a_half_downloaded_model_in_the_hubs_cache_does_not_hide_the_packaged_one(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / f"models--{MINILM.replace('/', '--')}" / "snapshots" / "0123"
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs" / "main").write_text("0123")
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert find_model(MINILM).location == str(packaged_model_folder())
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves one model as the hub does: files at a commit, with the headers its client reads."""
+
+    commit = "89abcdef0123456789abcdef0123456789abcdef"
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.folder = folder
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    def answer(self, body):
+        prefix = re.match(r"/owner/model/resolve/[^/]+/", self.path)
+        path = self.server.folder / self.path[prefix.end() :] if prefix else None
+        found = path is not None and path.is_file()
+        content = path.read_bytes() if found else b"{}"
+        self.send_response(200 if found or self.path == "/" else 404)
+        self.send_header("X-Repo-Commit", self.server.commit)
+        if found:
+            self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        else:
+            self.send_header("X-Error-Code", "EntryNotFound" if "owner/model" in self.path else "RepoNotFound")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_model_comes_from_the_hub_and_afterwards_from_its_cache(tiny_models, tmp_path, small_folder):
+    """Whole runs, in processes of their own, against a local server that answers as the hub does."""
+    flags = ["--dataset", small_folder, "--embedding_model", "owner/model", "--cache_dir", tmp_path / "cache"]
+    with Hub(tiny_models["bert"]) as hub:
+        environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}", "HF_HOME": str(tmp_path / "hub")}
+        missing = run_script(
+            "embed_all_documents.py", *flags[:2], "--embedding_model", "owner/none", check=False, env=environment
+        )
+        done = run_script("embed_all_documents.py", *flags, env=environment)
+        hub.shutdown()
+    assert missing.returncode == 2
+    assert "owner/none" in missing.stderr.splitlines()[-1] and "Traceback" not in missing.stderr
+    assert "66 texts embedded" in done.stdout
+    (setup,) = (tmp_path / "cache").rglob("setup.json")
+    assert Hub.commit in setup.read_text()
+    # the hub is gone: the run finds the same commit in the hub's cache, and its vectors; without them, the model
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    assert "66 were there" in run_script("embed_all_documents.py", *flags, env=environment).stdout
+    flags[-1] = tmp_path / "other"
+    assert "66 texts embedded" in run_script("embed_all_documents.py", *flags, env=environment).stdout
 
 
 def test_remote_code_only_when_trusted(tiny_models, tmp_path):
@@ -227,11 +358,17 @@ def test_remote_code_only_when_trusted(tiny_models, tmp_path):
         "class OwnConfig(BertConfig):\n    model_type = 'own'\n"
         "class OwnModel(BertModel):\n    config_class = OwnConfig\n"
     )
-    with pytest.raises(UserError, match="read it, then add --trust_remote_code"):
+    with pytest.raises(UserError, match="read that code, then add --trust_remote_code"):
         embedder_for(folder, tmp_path / "cache").embed(["brake"], "document")
     trusted = embedder_for(folder, tmp_path / "cache", trust_remote_code=True)
     assert type(trusted.model[0].auto_model).__name__ == "OwnModel"
     assert trusted.embed(["brake"], "document").shape == (1, 32)
+
+
+def test_a_local_copy_of_a_known_model_has_its_needs():
+    for name in ("nvidia/llama-embed-nemotron-8b", "/models/llama-embed-nemotron-8b/"):
+        assert settings_for(name) is embedders.MODEL_SETTINGS["nvidia/llama-embed-nemotron-8b"]
+    assert settings_for("someone/else") == ModelSettings()
 
 
 def test_what_a_model_is_known_to_need_reaches_it(tiny_models, tmp_path, monkeypatch):
@@ -274,3 +411,11 @@ def test_devices():
     assert choose_device("cpu") == "cpu"
     with pytest.raises(UserError, match=r"--device: got 'tpu', must be auto or one of cpu"):
         choose_device("tpu")
+
+
+def test_a_gpu_that_cannot_be_used_is_not_chosen(monkeypatch):
+    """A driver too old for this torch: devices are counted, but none is available."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == "cpu"
+    with pytest.raises(UserError, match="must be auto or one of cpu"):
+        choose_device("cuda:0")

@@ -67,6 +67,7 @@ def test_fewer_scores_need_no_second_flag():
         (["--experiment_name", "../x"], "--experiment_name: got '../x', must be the name of one folder"),
         (["--dataset", " "], "--dataset: got ' ', must be a name"),
         (["--num_step", "3"], "unknown flag '--num_step'; did you mean --num_steps?"),
+        (["--batch_size", "3"], "did you mean --embedder_batch_size or --reranker_batch_size?"),
         (["--learning=3"], "unknown flag '--learning=3'; --help lists the flags"),
         (["Clinc150"], "unknown argument 'Clinc150'"),
         (["--lr"], "argument --lr: expected one argument"),

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import MINILM, ROOT, WORDS, run_script, write_folder_dataset
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from metrics import query_metrics
@@ -77,7 +78,7 @@ def test_a_run_leaves_the_files_of_the_design(finished):
     assert sorted(os.listdir(folder)) == sorted([*FILES, "tensors"])
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     assert config["status"] == "completed"
-    assert config["teacher"] == "gold labels (oracle)"
+    assert config["teacher"]["name"] == "gold labels (oracle)"
     assert config["flags"]["lr"] == 0.01
     assert config["templates"]["instruction"] == "find it"
     assert config["dataset"]["candidate_pairs"] == 312
@@ -121,8 +122,6 @@ def test_scored_documents_are_the_first_ranks_of_the_original_query(finished):
 
 
 def test_tensors_hold_what_refinement_saw_and_did(finished):
-    import torch
-
     folder, _, _ = finished
     tensors = load_file(folder / "tensors" / "optimized_embeddings.safetensors")
     assert tensors["steps"].tolist() == list(range(0, 101, 10))
@@ -132,13 +131,17 @@ def test_tensors_hold_what_refinement_saw_and_did(finished):
     assert np.array_equal(tensors["trajectory"][-1], tensors["refined_vectors"])
     assert tensors["sampled_documents"][0].tolist().count(-1) == 8
     assert np.isnan(tensors["teacher_scores"]).sum() == 8
-    scored_again = refine_queries(
-        torch.from_numpy(tensors["query_vectors"]),
-        torch.zeros(6, 20, 32),
-        torch.from_numpy(tensors["teacher_scores"]),
-        num_steps=0,
+    moved = (tensors["refined_vectors"] != tensors["query_vectors"]).any(axis=1)
+    assert moved.tolist() == [True] * 6
+    with safe_open(folder / "tensors" / "optimized_embeddings.safetensors", "np") as file:
+        assert json.loads(file.metadata()["query_ids"]) == [f"q{j}" for j in range(6)]
+    again = refine_queries(
+        tensors["query_vectors"][1:],
+        tensors["scored_vectors"][1:],
+        tensors["teacher_scores"][1:],
+        lr=0.01,
     )
-    assert np.array_equal(scored_again.vectors, tensors["query_vectors"])
+    assert np.allclose(again.vectors, tensors["refined_vectors"][1:], atol=1e-5)
 
 
 def test_results_carry_the_runs_flags(finished):
@@ -146,6 +149,7 @@ def test_results_carry_the_runs_flags(finished):
     with open(folder / "optimized_embeddings_results.csv", newline="") as file:
         row = next(csv.DictReader(file))
     assert row["dataset"] == str(data)
+    assert row["teacher"] == "gold labels (oracle)"
     assert (row["lr"], row["optimize_with_gold"], row["num_steps"], row["hyde_model"]) == ("0.01", "True", "100", "")
 
 
@@ -204,7 +208,7 @@ def test_a_cross_encoder_teaches(small_folder, tiny_models, tmp_path, refit):
     cwd = tiny_models["cross-encoder"].parents[1]  # "cross-encoder/tiny" is a folder here
     run_script(RUN, *flags, "--reranker_model", "cross-encoder/tiny", *places(tmp_path), cwd=cwd)
     config = read_json(tmp_path / "output" / "run" / "config.json")
-    assert (config["teacher"], config["flags"]["lr"]) == ("cross-encoder/tiny", 0.005 if refit else 1e-4)
+    assert (config["teacher"]["name"], config["flags"]["lr"]) == ("cross-encoder/tiny", 0.005 if refit else 1e-4)
     raw = pq.read_table(tmp_path / "output" / "run" / "embeddings_raw_scores.parquet").to_pandas()
     scored = raw[raw.reranker_score.notna()]
     assert len(scored) == 6 * 20
@@ -217,7 +221,7 @@ def test_a_name_used_again_replaces_the_results_whole(small_folder, tiny_models,
     flags = ["--dataset", small_folder, "--embedding_model", tiny_models["bert"], "--optimize_with_gold"]
     run_script(RUN, *flags, "--save_tensors", *places(tmp_path))
     again = run_script(RUN, *flags, *places(tmp_path))
-    assert "replacing the results" in again.stderr
+    assert "will be replaced" in again.stderr
     assert sorted(os.listdir(tmp_path / "output" / "run")) == sorted(FILES)
 
 
@@ -254,7 +258,7 @@ def test_the_same_flags_name_the_same_folder(small_folder, tiny_models, tmp_path
         (["--dataset", "NFCorpus", "--data_dir", "{empty}"], "hub dataset mteb/nfcorpus: cannot load"),
         (["--optimize_with_gold=False"], "--reranker_model: mistralai/Mistral-Small-3.2-24B-Instruct-2506 is a language model"),
         (["--optimize_with_gold=False", "--reranker_model=cross-encoder/nowhere"], "cross-encoder/nowhere cannot be loaded"),
-        (["--hyde_model", "gpt"], "--hyde_model: gpt: HyDE passages are not supported yet"),
+        (["--hyde_model", "gpt"], "--hyde_model: gpt: this version writes no HyDE passages"),
     ],
 )
 def test_a_mistake_is_one_line_status_2_and_nothing_written(small_folder, tiny_models, tmp_path, arguments, message):
@@ -288,18 +292,88 @@ def test_a_broken_line_of_a_dataset_is_told_with_file_and_line(small_folder, tin
         assert not (tmp_path / "c").exists()
 
 
-def test_a_failure_in_the_middle_is_marked_and_said(small_folder, tiny_models, tmp_path):
+def result_files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.log"}
+
+
+def test_a_model_that_cannot_be_loaded_leaves_earlier_results_as_they_were(small_folder, tiny_models, tmp_path):
+    flags = ["--dataset", small_folder, "--optimize_with_gold", *places(tmp_path)]
+    run_script(RUN, *flags, "--embedding_model", tiny_models["bert"])
+    before = result_files(tmp_path / "output" / "run")
     broken = shutil.copytree(tiny_models["bert"], tmp_path / "broken")
     next(broken.rglob("model.safetensors")).write_bytes(b"no weights")
-    flags = ["--dataset", small_folder, "--optimize_with_gold", *places(tmp_path)]
     done = run_script(RUN, *flags, "--embedding_model", broken, check=False)
     assert done.returncode == 2
     assert "cannot be loaded" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+    assert result_files(tmp_path / "output" / "run") == before
+
+
+def test_a_failure_in_the_middle_is_marked_and_said(small_folder, tiny_models, tmp_path):
+    """The results' place turns out to be taken by a folder only when they are written."""
+    flags = ["--dataset", small_folder, "--optimize_with_gold", "--embedding_model", tiny_models["bert"], *places(tmp_path)]
+    run_script(RUN, *flags)
+    blocker = tmp_path / "output" / "run" / "summary.json"
+    blocker.unlink()
+    (blocker / "x").mkdir(parents=True)
+    done = run_script(RUN, *flags, check=False)
+    assert done.returncode == 1
+    assert "summary.json" in done.stderr.splitlines()[-1] and "the same command goes on" in done.stderr
+    assert "Traceback" not in done.stderr
     config = read_json(tmp_path / "output" / "run" / "config.json")
-    assert config["status"] == "failed" and "cannot be loaded" in config["reason"]
-    run_script(RUN, *flags, "--embedding_model", tiny_models["bert"])
+    assert config["status"] == "failed" and "summary.json" in config["reason"]
+    shutil.rmtree(blocker)
+    run_script(RUN, *flags)
     assert read_json(tmp_path / "output" / "run" / "config.json")["status"] == "completed"
+
+
+def test_a_folder_that_holds_something_else_is_not_touched(small_folder, tiny_models, tmp_path):
+    folder = tmp_path / "output" / "run"
+    (folder / "tensors").mkdir(parents=True)
+    for name, content in (("config.json", '{"model_type": "bert"}'), ("my_results.csv", "a"), ("tensors/precious", "b")):
+        (folder / name).write_text(content)
+    before = {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
+    flags = ["--dataset", small_folder, "--embedding_model", tiny_models["bert"], "--optimize_with_gold"]
+    done = run_script(RUN, *flags, *places(tmp_path), check=False)
+    assert done.returncode == 2
+    assert "holds something else than a run" in done.stderr.splitlines()[-1]
+    assert {path: path.read_text() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_the_hash_is_of_what_the_flags_stand_for(small_folder, tiny_models, tmp_path):
+    where = [f"--output_dir={tmp_path / 'output'}", f"--cache_dir={tmp_path / 'cache'}"]
+    flags = ["--embedding_model", tiny_models["qwen3"], "--optimize_with_gold", *where]
+    run_script(RUN, "--dataset", small_folder, *flags)
+    run_script(RUN, "--dataset", f"{small_folder}/../small/", *flags)
+    assert len(os.listdir(tmp_path / "output")) == 1
+    (small_folder / "dataset.yaml").write_text("instruction: something new\n")
+    templates = tmp_path / "own.yaml"
+    templates.write_text(
+        "embedding_models:\n  default:\n    query: '{instruction} {text}'\n    document: '{text}'\n"
+        "dataset_instructions:\n  default: none\n"
+    )
+    run_script(RUN, "--dataset", small_folder, *flags, f"--instruction_templates={templates}")
+    (small_folder / "dataset.yaml").write_text("instruction: something else\n")
+    run_script(RUN, "--dataset", small_folder, *flags, f"--instruction_templates={templates}")
+    assert len(os.listdir(tmp_path / "output")) == 3
+
+
+@pytest.mark.parametrize("model", ["plain-bert", "tiny-qwen3"])
+def test_a_folder_that_is_no_cross_encoder_does_not_teach(small_folder, tiny_models, tmp_path, model):
+    flags = ["--dataset", small_folder, "--embedding_model", tiny_models["bert"], *places(tmp_path)]
+    done = run_script(RUN, *flags, "--reranker_model", tiny_models["bert"].parent / model, check=False)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: --reranker_model:") and ("lacks weights" in last or "expected a sequence" in last)
+    assert not (tmp_path / "output").exists()
+
+
+def test_one_document_and_more_scores_than_documents(tiny_models, tmp_path):
+    data = write_folder_dataset(tmp_path / "one", {"d1": "brake"}, {"q1": "lake", "q2": "hotel"}, [("q1", "d1", 1)])
+    flags = ["--dataset", data, "--embedding_model", tiny_models["bert"], "--optimize_with_gold", *places(tmp_path)]
+    done = run_script(RUN, *flags, "--total_scores", "10000000000000")
+    assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith(("map", "mrr"))] == ["map", "mrr"]
+    assert read_json(tmp_path / "output" / "run" / "summary.json")["teacher"]["scores"] == 2
 
 
 # --- Killed, interrupted, and several at once ---
@@ -371,6 +445,26 @@ def test_ctrl_c_keeps_what_was_finished_and_says_so(long_folder, tiny_models, tm
     run_script(RUN, *long_flags(long_folder, tiny_models, tmp_path))
     assert read_json(tmp_path / "output" / "run" / "summary.json")["embedding"]["cached"] > 0
     assert figures(tmp_path / "output" / "run") == expected
+
+
+def test_an_interrupted_rerun_leaves_earlier_results_as_they_were(long_folder, tiny_models, tmp_path):
+    flags = long_flags(long_folder, tiny_models, tmp_path)
+    run_script(RUN, *flags)
+    before = result_files(tmp_path / "output" / "run")
+    shutil.rmtree(tmp_path / "cache")
+    command = [sys.executable, str(ROOT / RUN), *map(str, flags)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not shards_of(tmp_path):
+        time.sleep(0.05)
+    second = run_script(RUN, *flags, check=False)  # while the first is at work
+    assert second.returncode == 2
+    assert "another run is writing to" in second.stderr.splitlines()[-1]
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate()
+    if process.returncode:  # a quick machine may have finished meanwhile
+        assert process.returncode == 130
+        assert "stay as they were" in stderr
+        assert result_files(tmp_path / "output" / "run") == before
 
 
 def test_four_processes_fill_one_cache_at_once(long_folder, tiny_models, tmp_path, undisturbed):
