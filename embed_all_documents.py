@@ -15,7 +15,7 @@ from pathlib import Path
 from dataset_loaders import check_dataset_name, load_dataset
 from devices import choose_device
 from embedding_adaptation import make_embedder
-from errors import RunError, run_command
+from errors import RunError, is_folder, run_command
 from experiment_config import OneLineParser, add_flags, build_config, parse_flags
 from instruction_templates import fill_templates, read_templates, templates_for
 from results import check_writable
@@ -48,7 +48,8 @@ def main() -> None:
     config = build_config(parse_flags(parser, sys.argv[1:]))
     start_logging()
     check_dataset_name(config.dataset)
-    check_writable("--cache_dir", Path(config.cache_dir))
+    if not is_folder(config.cache_dir):  # a full cache may be read-only
+        check_writable("--cache_dir", Path(config.cache_dir))
     templates = templates_for(read_templates(config.instruction_templates), config.embedding_model, config.dataset)
     device = choose_device(config.device)
     dataset = load_dataset(config.dataset, config.data_dir)

@@ -59,7 +59,8 @@ def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
     check_dataset_name(config.dataset)
     check_reranker(config)
     check_writable("--output_dir", Path(config.output_dir))
-    check_writable("--cache_dir", Path(config.cache_dir))
+    if not is_folder(config.cache_dir):  # a full cache may be read-only
+        check_writable("--cache_dir", Path(config.cache_dir))
     templates = templates_for(read_templates(config.instruction_templates), config.embedding_model, config.dataset)
     with stage("import", seconds):
         device = choose_device(config.device)

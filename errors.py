@@ -38,6 +38,9 @@ def run_command(main: Callable[[], None]) -> None:
         lines = [line for line in str(error).splitlines() if line.strip()]
         print("\n".join(f"error: {line}" for line in lines), file=sys.stderr)
         sys.exit(error.exit_status)
+    except OSError as error:  # a folder that cannot be read, a full disk: the system's own words, without a traceback
+        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
         sys.exit(130)

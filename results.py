@@ -182,7 +182,7 @@ class RunFolder:
             values = (column[i] for column in metrics.values())
             row = ["" if math.isnan(value) else f"{value:.6f}" for value in values]
             writer.writerow([topic, *row, query_id, *("" if v is None else v for v in settings.values())])
-        content = text.getvalue().encode()
+        content = text.getvalue().encode("utf-8", "surrogateescape")  # file names may hold any byte
         write_atomically(self.folder / f"{variant}_results.csv", lambda file: file.write(content))
 
     def write_tensors(self, variant: str, query_ids: Sequence[str], tensors: dict[str, Any]) -> None:
