@@ -209,10 +209,12 @@ def _refine_block(
 ) -> Refinement:
     """Refine queries [Q, D] towards the teacher's distribution p [Q, K] over their known [Q, K] documents."""
     moves = (known.sum(-1, keepdim=True) >= 2) & (query_vectors != 0).any(-1, keepdim=True)
-    # What does not move still goes through the arithmetic, on numbers without NaN; its vector is put back at the end.
+    # What does not move goes through the arithmetic all the same; its vector is put back at the end.
     q = torch.where(moves, query_vectors, torch.ones_like(query_vectors))
+    if not known.all():
+        document_vectors = document_vectors.masked_fill(~known.unsqueeze(-1), 0.0)
     known = known | ~moves
-    documents = normalize(document_vectors.masked_fill(~known.unsqueeze(-1), 0.0).nan_to_num(), dim=-1)
+    documents = normalize(document_vectors, dim=-1)
     first_moment, second_moment = torch.zeros_like(q), torch.zeros_like(q)
     losses, steps, trajectory = [], [], []
 

@@ -229,7 +229,7 @@ class RawScoresWriter:
 
     def __exit__(self, *error: Any) -> None:
         if error[0] is None:
-            self._write_row_group()
+            self._write_waiting()
         self._file.close()
 
     def write(self, rows: slice, scores: np.ndarray, sampled: np.ndarray, reranker_scores: np.ndarray) -> None:
@@ -250,24 +250,32 @@ class RawScoresWriter:
         document_index = np.tile(np.arange(n_documents, dtype=np.int32), n_queries)
         columns = (query_index, document_index, gold.ravel(), scores.ravel(), teacher.ravel())
         keep = slice(None) if data.candidates is None else data.candidates[rows].toarray().ravel()
-        self._waiting.append(tuple(column[keep].copy() for column in columns))
-        if sum(len(columns[0]) for columns in self._waiting) >= ROW_GROUP:
-            self._write_row_group()
-
-    def _write_row_group(self) -> None:
-        if not self._waiting:
+        columns = tuple(column[keep] for column in columns)
+        if not self._waiting and len(columns[0]) >= ROW_GROUP:
+            self._write_row_group(columns)
             return
-        parts = zip(*self._waiting, strict=True)
-        queries, documents, gold, scores, teacher = (np.concatenate(part) for part in parts)
-        self._waiting = []
+        self._waiting.append(tuple(column.copy() for column in columns))  # the next block takes over their memory
+        if sum(len(waiting[0]) for waiting in self._waiting) >= ROW_GROUP:
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        if self._waiting:
+            columns = tuple(np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+            self._waiting = []
+            self._write_row_group(columns)
+
+    def _write_row_group(self, columns: tuple[np.ndarray, ...]) -> None:
+        queries, documents, gold, scores, teacher = columns
         topics, ids, texts = self._dictionaries
         # A dictionary is stored once a row group: only the texts that occur in it.
-        used, document_index = np.unique(documents, return_inverse=True)
-        indices = (queries, document_index.astype(np.int32), document_index.astype(np.int32))
-        dictionaries = (topics, ids.take(used), texts.take(used)) if len(used) < len(ids) else (topics, ids, texts)
+        occurs = np.zeros(len(ids), dtype=bool)
+        occurs[documents] = True
+        if not occurs.all():
+            documents = (np.cumsum(occurs, dtype=np.int32) - 1)[documents]
+            ids, texts = (dictionary.take(np.flatnonzero(occurs)) for dictionary in (ids, texts))
         encoded = [
             pa.DictionaryArray.from_arrays(pa.array(index), dictionary)
-            for index, dictionary in zip(indices, dictionaries, strict=True)
+            for index, dictionary in ((queries, topics), (documents, ids), (documents, texts))
         ]
         columns = [*encoded, pa.array(gold), pa.array(scores), pa.array(teacher, mask=np.isnan(teacher))]
         table = pa.Table.from_arrays(columns, schema=RAW_SCHEMA)
