@@ -32,6 +32,10 @@ HUB_TIMEOUT_SECONDS = 10
 CHUNK_BYTES = 1 << 20
 
 
+class _UncheckableError(OSError):
+    """A download of which nobody could say whether it is whole."""
+
+
 def fetch(url: str, target: Path, sha256: str | None = None) -> Path:
     """Return ``target``, downloading it from ``url`` first when it is not there yet.
 
@@ -51,13 +55,14 @@ def fetch(url: str, target: Path, sha256: str | None = None) -> Path:
     try:
         for attempt in range(1, TRIES + 1):
             try:
-                digest = _download(url, temporary)
+                digest = _download(url, temporary, checked=sha256 is not None)
                 break
             except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
                 if getattr(error, "filename", None) and not isinstance(error, urllib.error.URLError):
                     raise UserError(f"--data_dir: {error.filename} cannot be written ({error.strerror})") from None
                 reason = getattr(error, "reason", None) or error
-                hopeless = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
+                refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
+                hopeless = refused or isinstance(error, _UncheckableError)
                 if attempt == TRIES or hopeless:
                     raise UserError(f"cannot download {url} ({reason}); check the network, {by_hand}") from None
                 time.sleep(2 ** (attempt - 1))
@@ -70,13 +75,15 @@ def fetch(url: str, target: Path, sha256: str | None = None) -> Path:
     return target
 
 
-def _download(url: str, path: Path) -> str:
-    """Fetch ``url`` to ``path`` with a progress bar; return its sha256."""
+def _download(url: str, path: Path, checked: bool) -> str:
+    """Fetch ``url`` to ``path`` with a progress bar; return its sha256, which the caller compares if ``checked``."""
     request = urllib.request.Request(url, headers={"User-Agent": "embedding-adaptation"})
     digest = hashlib.sha256()
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
         announced = response.headers.get("Content-Length")
         total = int(announced) if announced else None
+        if total is None and not response.chunked and not checked:
+            raise _UncheckableError("the server does not say how long the file is, so it might be cut off")
         path.parent.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=total, unit="B", unit_scale=True, desc=path.name.split(".")[1], disable=None)
         with open(path, "wb") as file, bar:
@@ -88,8 +95,6 @@ def _download(url: str, path: Path) -> str:
                 bar.update(len(chunk))
             file.flush()
             os.fsync(file.fileno())
-    if total is None and not response.chunked:
-        raise OSError("the server does not say how long the file is, so it may be cut off")
     if total is not None and received != total:
         raise OSError(f"connection closed after {received} of {total} bytes")
     return digest.hexdigest()

@@ -2,7 +2,7 @@
 
     python embed_all_documents.py --dataset Clinc150 --embedding_model Qwen/Qwen3-Embedding-0.6B --batch_size 32
 
-May be started several times at once on one cache: the processes share the work. A killed one loses its last chunk.
+May be started several times at once on one cache: the processes share the work. A killed one loses its last piece.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from pathlib import Path
 from dataset_loaders import check_dataset_name, load_dataset
 from devices import choose_device
 from embedding_adaptation import make_embedder
-from errors import RunError, is_folder, run_command
+from errors import RunError, check_writable, is_folder, run_command
 from experiment_config import OneLineParser, add_flags, build_config, parse_flags
 from instruction_templates import fill_templates, read_templates, templates_for
-from results import check_writable
 from run_log import start_logging
 
 logger = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ def main() -> None:
     config = build_config(parse_flags(parser, sys.argv[1:]))
     start_logging()
     check_dataset_name(config.dataset)
-    if not is_folder(config.cache_dir):  # a full cache may be read-only
+    if not is_folder(config.cache_dir):
         check_writable("--cache_dir", Path(config.cache_dir))
     templates = templates_for(read_templates(config.instruction_templates), config.embedding_model, config.dataset)
     device = choose_device(config.device)
@@ -57,6 +56,7 @@ def main() -> None:
     embedder = make_embedder(config, device)
 
     started = time.perf_counter()
+    embedder.load_for(texts)
     try:
         embedder.fill_cache(texts.documents, "document")
         embedder.fill_cache(texts.queries, "query")

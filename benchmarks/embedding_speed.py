@@ -19,7 +19,8 @@ import numpy as np
 
 from dataset_loaders import load_dataset
 from devices import choose_device
-from embedders import TextEmbedder, find_model
+from embedders import TextEmbedder
+from model_loading import find_model
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def finished(tiny_models, tmp_path_factory):
 
 def test_a_run_leaves_the_files_of_the_design(finished):
     folder, _, done = finished
-    assert sorted(os.listdir(folder)) == sorted([*FILES, "tensors"])
+    assert sorted(os.listdir(folder)) == sorted([".lock", *FILES, "tensors"])
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     assert config["status"] == "completed"
     assert config["teacher"]["name"] == "gold labels (oracle)"
@@ -222,7 +222,7 @@ def test_a_name_used_again_replaces_the_results_whole(small_folder, tiny_models,
     run_script(RUN, *flags, "--save_tensors", *places(tmp_path))
     again = run_script(RUN, *flags, *places(tmp_path))
     assert "will be replaced" in again.stderr
-    assert sorted(os.listdir(tmp_path / "output" / "run")) == sorted(FILES)
+    assert sorted(os.listdir(tmp_path / "output" / "run")) == sorted([".lock", *FILES])
 
 
 def test_the_same_flags_name_the_same_folder(small_folder, tiny_models, tmp_path):
@@ -257,7 +257,7 @@ def test_the_same_flags_name_the_same_folder(small_folder, tiny_models, tmp_path
         (["--instruction_templates", "{yaml}"], "default: the query template must contain {{text}}, it is '{{txt}}'"),
         (["--dataset", "NFCorpus", "--data_dir", "{empty}"], "hub dataset mteb/nfcorpus: cannot load"),
         (["--optimize_with_gold=False"], "--reranker_model: mistralai/Mistral-Small-3.2-24B-Instruct-2506 is a language model"),
-        (["--optimize_with_gold=False", "--reranker_model=cross-encoder/nowhere"], "cross-encoder/nowhere cannot be loaded"),
+        (["--optimize_with_gold=False", "--reranker_model=cross-encoder/nowhere"], "--reranker_model: cross-encoder/nowhere is no folder and not in the hub"),
         (["--hyde_model", "gpt"], "--hyde_model: gpt: this version writes no HyDE passages"),
     ],
 )
@@ -293,7 +293,7 @@ def test_a_broken_line_of_a_dataset_is_told_with_file_and_line(small_folder, tin
 
 
 def result_files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.log"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (".lock", "rerun.log")}
 
 
 def test_a_model_that_cannot_be_loaded_leaves_earlier_results_as_they_were(small_folder, tiny_models, tmp_path):
@@ -461,6 +461,9 @@ def test_an_interrupted_rerun_leaves_earlier_results_as_they_were(long_folder, t
     assert process.returncode == 130
     assert "stay as they were" in stderr
     assert result_files(tmp_path / "output" / "run") == before
+    assert "interrupted" in (tmp_path / "output" / "run" / "rerun.log").read_text()
+    run_script(RUN, *flags)
+    assert sorted(os.listdir(tmp_path / "output" / "run")) == sorted([".lock", *FILES])
 
 
 def test_the_systems_own_complaints_are_one_line_too(small_folder, tiny_models, tmp_path):
@@ -479,7 +482,7 @@ def test_two_runs_do_not_write_to_one_folder(small_folder, tiny_models, tmp_path
     flags = ["--dataset", small_folder, "--embedding_model", tiny_models["bert"], "--optimize_with_gold", *places(tmp_path)]
     run_script(RUN, *flags)
     before = result_files(tmp_path / "output" / "run")
-    held = os.open(tmp_path / "output" / "run", os.O_RDONLY)
+    held = os.open(tmp_path / "output" / "run" / ".lock", os.O_RDWR)
     fcntl.flock(held, fcntl.LOCK_EX)
     done = run_script(RUN, *flags, check=False)
     assert done.returncode == 2
