@@ -123,7 +123,7 @@ class TextEmbedder:
         self._halvings = 0
 
     def embed(self, texts: Sequence[str], role: str) -> np.ndarray:
-        """Vectors of texts, from the cache where they are there; new ones are stored chunk by chunk.
+        """Vectors of texts, from the cache where they are there; new ones are stored piece by piece.
 
         Args:
             texts: exactly what the model is to read, templates filled in.

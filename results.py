@@ -91,7 +91,7 @@ class RunFolder:
         """
         check_writable("--output_dir", self.folder)
         if self.folder.is_dir():
-            self._earlier_run_completed = self._earlier_status() == "completed"
+            self._earlier_status()
             if (self.folder / LOCK).exists():
                 self._take_lock()
                 self.release()
