@@ -7,20 +7,17 @@ May be started several times at once on one cache: the processes share the work.
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
-from pathlib import Path
 
-from dataset_loaders import check_dataset_name, load_dataset
+from dataset_loaders import load_dataset
 from devices import choose_device
-from embedding_adaptation import make_embedder
-from errors import RunError, check_writable, is_folder, run_command
+from embedding_adaptation import check_inputs, make_embedder
+from errors import run_command
 from experiment_config import OneLineParser, add_flags, build_config, parse_flags
-from instruction_templates import fill_templates, read_templates, templates_for
+from instruction_templates import fill_templates
 from run_log import start_logging
 
-logger = logging.getLogger(__name__)
 FLAGS = (
     "dataset",
     "embedding_model",
@@ -46,10 +43,7 @@ def main() -> None:
     add_flags(parser, FLAGS, aliases={"embedder_batch_size": "--batch_size"})
     config = build_config(parse_flags(parser, sys.argv[1:]))
     start_logging()
-    check_dataset_name(config.dataset)
-    if not is_folder(config.cache_dir):
-        check_writable("--cache_dir", Path(config.cache_dir))
-    templates = templates_for(read_templates(config.instruction_templates), config.embedding_model, config.dataset)
+    templates = check_inputs(config)
     device = choose_device(config.device)
     dataset = load_dataset(config.dataset, config.data_dir)
     texts = fill_templates(templates, dataset)
@@ -57,13 +51,8 @@ def main() -> None:
 
     started = time.perf_counter()
     embedder.load_for(texts)
-    try:
-        embedder.fill_cache(texts.documents, "document")
-        embedder.fill_cache(texts.queries, "query")
-    except OSError as error:
-        where = error.filename or config.cache_dir
-        reason = error.strerror or error
-        raise RunError(f"{where}: {reason}; finished vectors are kept, the same command goes on") from None
+    embedder.fill_cache(texts.documents, "document")
+    embedder.fill_cache(texts.queries, "query")
     counts = embedder.counts
     print(
         f"{dataset.name}, {embedder.source.name}: {counts['embedded']} texts embedded, {counts['cached']} were there, "

@@ -24,9 +24,9 @@ from cache_utils import slug
 from dataset_loaders import check_dataset_name, load_dataset
 from devices import choose_device
 from embedders import TextEmbedder, check_remote_code
-from errors import RunError, UserError, check_writable, is_folder, run_command
+from errors import UserError, check_writable, is_folder, run_command
 from experiment_config import ExperimentConfig, parse_arguments, short_hash
-from instruction_templates import FilledTexts, fill_templates, read_templates, templates_for
+from instruction_templates import EmbeddingTemplates, FilledTexts, fill_templates, read_templates, templates_for
 from metrics import METRICS, mean_metrics
 from model_loading import find_model
 from ranking import measure, sample_documents, score_blocks, unit_length
@@ -67,12 +67,9 @@ def main() -> None:
 def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
     """Do one run. What the user may have got wrong is found before the first text is embedded or a file is touched."""
     seconds: dict[str, float] = {}
-    check_dataset_name(config.dataset)
+    templates = check_inputs(config)
     check_reranker(config)
     check_writable("--output_dir", Path(config.output_dir))
-    if not is_folder(config.cache_dir):
-        check_writable("--cache_dir", Path(config.cache_dir))
-    templates = templates_for(read_templates(config.instruction_templates), config.embedding_model, config.dataset)
     with stage("import", seconds):
         device = choose_device(config.device)
     with stage("load dataset", seconds):
@@ -230,6 +227,18 @@ def evaluate(
 # --- Around the run --------------------------------------------------------------------------------------------------
 
 
+def check_inputs(config: ExperimentConfig) -> EmbeddingTemplates:
+    """Check what embedding needs, before anything is loaded; returns the templates.
+
+    Raises:
+        UserError: the dataset's name, the cache's place or the template file is wrong.
+    """
+    check_dataset_name(config.dataset)
+    if not is_folder(config.cache_dir):  # a full cache may be read-only
+        check_writable("--cache_dir", Path(config.cache_dir))
+    return templates_for(read_templates(config.instruction_templates), config.embedding_model, config.dataset)
+
+
 def make_embedder(config: ExperimentConfig, device: str) -> TextEmbedder:
     """The embedding model that the flags name, not loaded yet."""
     check_remote_code(config.embedding_model, config.trust_remote_code)
@@ -316,11 +325,7 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def fail(folder: RunFolder, error: BaseException) -> None:
-    """Mark the run failed and put the reason into its log.
-
-    Raises:
-        RunError: in place of the system's own error (a full disk, say), with what is kept.
-    """
+    """Mark the run failed and put the reason into its log."""
     status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
     reason = str(error) or type(error).__name__
     expected = isinstance(error, UserError | KeyboardInterrupt | OSError)
@@ -329,11 +334,6 @@ def fail(folder: RunFolder, error: BaseException) -> None:
         folder.give_up(status, reason)
     except OSError:
         logger.error("config.json could not be written either")
-    if isinstance(error, OSError):
-        where = error.filename or folder.folder
-        raise RunError(
-            f"{where}: {error.strerror or error}; vectors that were finished are kept, the same command goes on"
-        ) from error
 
 
 def report(

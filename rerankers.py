@@ -1,7 +1,7 @@
 """Teachers: queries with their sampled documents in, scores out; one factory by name. Knows no vector.
 
-A teacher is an object with ``name``, ``identity`` and ``score(dataset, sampled)``. To add one, write such a class and
-enter it in ``find_reranker``, and its names in ``check_reranker``.
+A teacher is an object with ``name``, ``identity``, ``load()`` and ``score(dataset, sampled)``. To add one, write such a
+class and enter it in ``find_reranker``, and its names in ``check_reranker``.
 """
 
 from __future__ import annotations

@@ -405,6 +405,18 @@ def shards_of(tmp_path):
     return {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.keys.npy")}
 
 
+def stop_at_the_first_shard(flags, tmp_path, how):
+    """Start a run and send it a signal once it has stored something; returns its status and what it said."""
+    command = [sys.executable, str(ROOT / RUN), *map(str, flags)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not shards_of(tmp_path):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(how)
+    _, stderr = process.communicate()
+    return process.returncode, stderr
+
+
 def test_killed_at_many_moments_it_goes_on_and_ends_the_same(long_folder, tiny_models, tmp_path, undisturbed):
     expected, seconds = undisturbed
     command = [sys.executable, str(ROOT / RUN), *map(str, long_flags(long_folder, tiny_models, tmp_path))]
@@ -432,13 +444,9 @@ def test_killed_at_many_moments_it_goes_on_and_ends_the_same(long_folder, tiny_m
 
 def test_ctrl_c_keeps_what_was_finished_and_says_so(long_folder, tiny_models, tmp_path, undisturbed):
     expected, _ = undisturbed
-    command = [sys.executable, str(ROOT / RUN), *map(str, long_flags(long_folder, tiny_models, tmp_path))]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not shards_of(tmp_path):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate()
-    assert process.returncode == 130
+    flags = long_flags(long_folder, tiny_models, tmp_path)
+    status, stderr = stop_at_the_first_shard(flags, tmp_path, signal.SIGINT)
+    assert status == 130
     assert "what was finished is kept" in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
     assert read_json(tmp_path / "output" / "run" / "config.json")["status"] == "interrupted"
@@ -452,13 +460,8 @@ def test_an_interrupted_rerun_leaves_earlier_results_as_they_were(long_folder, t
     run_script(RUN, *flags)
     before = result_files(tmp_path / "output" / "run")
     shutil.rmtree(tmp_path / "cache")
-    command = [sys.executable, str(ROOT / RUN), *map(str, flags)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not shards_of(tmp_path):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate()
-    assert process.returncode == 130
+    status, stderr = stop_at_the_first_shard(flags, tmp_path, signal.SIGTERM)
+    assert status == 130
     assert "stay as they were" in stderr
     assert result_files(tmp_path / "output" / "run") == before
     assert "interrupted" in (tmp_path / "output" / "run" / "rerun.log").read_text()
