@@ -1,9 +1,15 @@
-"""``VectorCache``: vectors kept between runs and shared by processes, without a lock. Does not know what it stores.
+"""``VectorCache`` and ``RecordCache``: what is kept between runs and shared by processes, without a lock.
 
-A writer only ever adds files of its own and never touches another's; a reader merges what it finds. A shard is two
-files: ``<shard>.vectors.npy`` (float32 [n, D], memory-mapped when read) and ``<shard>.keys.npy`` (uint64 [n, 2]). Both
-are written under a temporary name, flushed to disk and renamed, the keys last: a shard counts from the moment its
-keys are there, so a kill at any moment leaves at worst a temporary file that readers pass over.
+Neither knows what it stores. A writer only ever adds files of its own and never touches another's; a reader merges what
+it finds.
+
+A vector shard is two files: ``<shard>.vectors.npy`` (float32 [n, D], memory-mapped when read) and
+``<shard>.keys.npy`` (uint64 [n, 2]). Both are written under a temporary name, flushed to disk and renamed, the keys
+last: a shard counts from the moment its keys are there, so a kill at any moment leaves at worst a temporary file that
+readers pass over.
+
+Records (scores, passages) are lines of JSON, one file for each writer. A line goes to the system before its value is
+used; a torn last line is passed over.
 """
 
 from __future__ import annotations
@@ -11,10 +17,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,6 +72,20 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _setup_name(setup: Mapping[str, Any]) -> str:
+    """The folder of a setup: readable, and different for setups that differ anywhere."""
+    digest = hashlib.blake2b(json.dumps(setup, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return f"{slug(str(setup.get('model', 'x')))}-{digest}"
+
+
+def _describe(folder: Path, setup: Mapping[str, Any]) -> None:
+    """Make the folder of a setup, with ``setup.json`` for people."""
+    folder.mkdir(parents=True, exist_ok=True)
+    description = folder / "setup.json"
+    if not description.exists():
+        write_atomically(description, lambda file: file.write(json.dumps(setup, indent=1).encode()))
+
+
 class VectorCache:
     """The vectors of one embedding setup: a folder named after it, holding immutable shards.
 
@@ -75,10 +98,8 @@ class VectorCache:
     """
 
     def __init__(self, root: Path | str, setup: Mapping[str, Any]) -> None:
-        text = json.dumps(setup, sort_keys=True)
         self.setup = dict(setup)
-        digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-        self.folder = Path(root) / "vectors" / f"{slug(str(setup.get('model', 'vectors')))}-{digest}"
+        self.folder = Path(root) / "vectors" / _setup_name(setup)
         self.dimension: int | None = None
         self._shards: dict[str, int] = {}  # name -> number; a damaged shard has number -1
         self._names: list[str] = []
@@ -197,10 +218,7 @@ class VectorCache:
             raise ValueError(f"vectors of {vectors.shape[1]} dimensions in a cache of {self.dimension}")
         if not np.isfinite(vectors).all():
             raise ValueError("vectors hold NaN or infinity")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        description = self.folder / "setup.json"
-        if not description.exists():
-            write_atomically(description, lambda file: file.write(json.dumps(self.setup, indent=1).encode()))
+        _describe(self.folder, self.setup)
         rows = max(1, SHARD_BYTES // (4 * vectors.shape[1]))
         for start in range(0, len(keys), rows):
             shard = uuid.uuid4().hex
@@ -208,3 +226,111 @@ class VectorCache:
                 part = array[start : start + rows]
                 write_atomically(self.folder / (shard + suffix), lambda file, part=part: np.save(file, part))
         self.refresh()
+
+
+def record_key(value: Any) -> str:
+    """Hash a JSON-able value (a whole prompt, a pair of texts) to the key of a record: 32 hexadecimal digits."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A stored value: a score or a passage, when it was stored, and the tokens it cost (input, output)."""
+
+    value: Any
+    time: str
+    tokens: tuple[int, int] = (0, 0)
+
+
+class RecordCache:
+    """The answers of one setup: a folder named after it, holding a file of JSON lines for each writer.
+
+    Where two writers stored the same key, the earlier record counts for every reader.
+
+    Args:
+        root: the cache folder; the setup's own folder is made inside it on the first write.
+        setup: everything beside the key that changes a value (service, model, parameters, mode), JSON-able.
+    """
+
+    def __init__(self, root: Path | str, setup: Mapping[str, Any]) -> None:
+        self.setup = dict(setup)
+        self.folder = Path(root) / "records" / f"{slug(str(setup.get('kind', 'x')))}-{_setup_name(setup)}"
+        self._records: dict[str, Record] = {}
+        self._read: dict[str, int] = {}  # file name -> bytes taken in
+        self._own: IO[bytes] | None = None
+        self._own_name = f"{uuid.uuid4().hex}.jsonl"
+        self.refresh()
+
+    def __len__(self) -> int:
+        """Number of different keys."""
+        return len(self._records)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._records
+
+    def __getitem__(self, key: str) -> Record:
+        return self._records[key]
+
+    def refresh(self) -> None:
+        """Take in the records that other writers have added since."""
+        try:
+            files = sorted((e.name, e.stat().st_size) for e in os.scandir(self.folder) if e.name.endswith(".jsonl"))
+        except FileNotFoundError:
+            return
+        for name, size in files:
+            start = self._read.get(name, 0)
+            if size > start and name != self._own_name:
+                self._take_in(name, start)
+
+    def _take_in(self, name: str, start: int) -> None:
+        with open(self.folder / name, "rb") as file:
+            file.seek(start)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]  # the rest is being written, or was torn off by a kill
+        self._read[name] = start + len(whole)
+        damaged = 0
+        for line in whole.splitlines():
+            try:
+                fields = json.loads(line)
+                record = Record(fields["value"], fields["time"], tuple(fields.get("tokens", (0, 0))))
+                self._keep(fields["key"], record)
+            except (ValueError, KeyError, TypeError):
+                damaged += 1
+        if damaged:
+            logger.warning("passing over %d damaged lines of %s", damaged, self.folder / name)
+
+    def _keep(self, key: str, record: Record) -> None:
+        earlier = self._records.get(key)
+        if earlier is None or record.time < earlier.time:
+            self._records[key] = record
+
+    def add(self, key: str, value: Any, tokens: tuple[int, int] = (0, 0), **about: Any) -> None:
+        """Store one value; the system has it when this returns, so a kill of this process cannot lose it.
+
+        Args:
+            key: from :func:`record_key`.
+            value: a finite number, a boolean or a text that is not empty.
+            tokens: what the answer cost, input and output.
+            **about: for people who read the file.
+
+        Raises:
+            ValueError: the value is none that may be kept: failures are never stored.
+        """
+        usable = bool(value.strip()) if isinstance(value, str) else isinstance(value, int | float)
+        if not usable or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"{value!r} is no value to keep")
+        if self._own is None:
+            _describe(self.folder, self.setup)
+            self._own = open(self.folder / self._own_name, "xb")  # noqa: SIM115
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06d}Z"
+        line = {"key": key, "value": value, "time": stamp, "tokens": list(tokens), **about}
+        self._own.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        self._own.flush()
+        self._keep(key, Record(value, stamp, tuple(tokens)))
+
+    def sync(self) -> None:
+        """Wait until what was added is on the disk itself, safe from a power cut too."""
+        if self._own is not None:
+            os.fsync(self._own.fileno())

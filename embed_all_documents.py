@@ -12,11 +12,11 @@ import time
 
 from dataset_loaders import load_dataset
 from devices import choose_device
-from embedding_adaptation import check_inputs, make_embedder
 from errors import run_command
 from experiment_config import OneLineParser, add_flags, build_config, parse_flags
-from instruction_templates import fill_templates
+from instruction_templates import fill_templates, templates_for
 from run_log import start_logging
+from run_setup import check_inputs, make_embedder
 
 FLAGS = (
     "dataset",
@@ -43,14 +43,15 @@ def main() -> None:
     add_flags(parser, FLAGS, aliases={"embedder_batch_size": "--batch_size"})
     config = build_config(parse_flags(parser, sys.argv[1:]))
     start_logging()
-    templates = check_inputs(config)
+    prompts = check_inputs(config)
     device = choose_device(config.device)
     dataset = load_dataset(config.dataset, config.data_dir)
-    texts = fill_templates(templates, dataset)
+    texts = fill_templates(templates_for(prompts, config.embedding_model, dataset.name), dataset)
     embedder = make_embedder(config, device)
 
     started = time.perf_counter()
-    embedder.load_for(texts)
+    if embedder.must_embed(texts):
+        embedder.load()
     embedder.fill_cache(texts.documents, "document")
     embedder.fill_cache(texts.queries, "query")
     counts = embedder.counts

@@ -139,16 +139,25 @@ class TextEmbedder:
         keys = self.fill_cache(texts, role)
         return self.cache.load(keys)
 
-    def load_for(self, texts: FilledTexts) -> None:
-        """Load the model now if any of the texts has yet to be embedded, so that a wrong one is told at once.
+    def must_embed(self, texts: FilledTexts) -> bool:
+        """Whether any of the texts has yet to be embedded.
 
         Raises:
-            UserError: the model cannot be loaded, or its vectors could not be stored.
+            UserError: and their vectors could not be stored.
         """
         parts = ((texts.queries, "query"), (texts.documents, "document"))
-        if not all(self.cache.contains(text_keys(part, role)).all() for part, role in parts):
-            check_writable("--cache_dir", self.cache.folder)
-            self._model = self._load()
+        if all(self.cache.contains(text_keys(part, role)).all() for part, role in parts):
+            return False
+        check_writable("--cache_dir", self.cache.folder)
+        return True
+
+    def load(self) -> None:
+        """Load the model now, so that a wrong one is told before any other work.
+
+        Raises:
+            UserError: the model cannot be loaded.
+        """
+        self._model = self._load()
 
     def fill_cache(self, texts: Sequence[str], role: str) -> np.ndarray:
         """Embed and store what is not in the cache yet; return the keys of all texts, uint64 [n, 2]."""

@@ -10,30 +10,29 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cache_utils import slug
-from dataset_loaders import check_dataset_name, load_dataset
+from dataset_loaders import load_dataset
 from devices import choose_device
-from embedders import TextEmbedder, check_remote_code
-from errors import UserError, check_writable, is_folder, run_command
-from experiment_config import ExperimentConfig, parse_arguments, short_hash
-from instruction_templates import EmbeddingTemplates, FilledTexts, fill_templates, read_templates, templates_for
+from errors import UserError, check_writable, run_command
+from experiment_config import ExperimentConfig, parse_arguments
+from instruction_templates import fill_templates, templates_for
 from metrics import METRICS, mean_metrics
-from model_loading import find_model
 from ranking import measure, sample_documents, score_blocks, unit_length
-from rerankers import Reranker, check_reranker, find_reranker
 from results import RunFolder, comparison_table, package_versions, write_json
 from retrieval_dataset import RetrievalDataset
 from run_log import log_to_file, start_logging
+from run_setup import Run, check_inputs, check_teachers, default_name, load_models, prepare, run_hash
 
 if TYPE_CHECKING:
     from query_refinement import Refinement
@@ -42,16 +41,8 @@ logger = logging.getLogger(__name__)
 TABLE_METRICS = ("map", "roc_auc", "ndcg_at_10", "mrr", "precision_at_10", "recall_at_50")
 GATHER_BYTES = 1 << 29  # scored documents' vectors held at once
 TRAJECTORY_EVERY = 10
-# Flags of which the hash takes what they stand for.
-RESOLVED_FLAGS = (
-    "dataset",
-    "embedding_model",
-    "embedding_model_revision",
-    "embedder_dtype",
-    "instruction_templates",
-    "reranker_model",
-    "optimize_with_gold",
-)
+# The refined variants, and the query each starts from.
+REFINED_FROM = {"optimized_embeddings": "embeddings", "optimized_hyde_embeddings": "hyde"}
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
@@ -64,45 +55,59 @@ def main() -> None:
     run(config, start_logging(), started)
 
 
+@dataclass(frozen=True)
+class Start:
+    """A query vector that refinement may start from, and what the teacher said of the documents it was shown.
+
+    Attributes:
+        vectors: float32 [Q, D].
+        sampled: int64 [Q, K], document indices, -1 for none; K is 0 where nothing is refined from here.
+        teacher_scores: float32 [Q, K], NaN for none.
+    """
+
+    vectors: np.ndarray
+    sampled: np.ndarray
+    teacher_scores: np.ndarray
+
+
 def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
     """Do one run. What the user may have got wrong is found before the first text is embedded or a file is touched."""
     seconds: dict[str, float] = {}
-    templates = check_inputs(config)
-    check_reranker(config)
+    prompts = check_inputs(config)
+    check_teachers(config)
     check_writable("--output_dir", Path(config.output_dir))
     with stage("import", seconds):
         device = choose_device(config.device)
     with stage("load dataset", seconds):
         dataset = load_dataset(config.dataset, config.data_dir)
-        texts = fill_templates(templates, dataset)
+        texts = fill_templates(templates_for(prompts, config.embedding_model, dataset.name), dataset)
     with stage("load models", seconds):
-        reranker = find_reranker(config, device)
-        embedder = make_embedder(config, device)
-        digest = run_hash(config, texts, dataset, embedder, reranker)
+        this = prepare(config, device, prompts, dataset, texts)
+        digest = run_hash(this)
         name = config.experiment_name or default_name(config, digest)
         folder = RunFolder(Path(config.output_dir) / name)
         folder.check()
-        reranker.load()
-        embedder.load_for(texts)
+        load_models(this)
 
-    log_path = folder.begin(
-        {
-            "experiment_name": name,
-            "hash": digest,
-            "command": sys.argv,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "flags": dataclasses.asdict(config),
-            "teacher": {"name": reranker.name, "identity": reranker.identity},
-            "templates": texts.templates.as_dict(),
-            "dataset": dataset.describe(),
-            "model": dataclasses.asdict(embedder.source) | {"dtype": embedder.dtype},
-            "device": device,
-            "versions": package_versions(),
-        }
-    )
+    settings = {
+        "experiment_name": name,
+        "hash": digest,
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "flags": dataclasses.asdict(config),
+        "teacher": this.teacher | {"identity": this.reranker and this.reranker.identity},
+        "hyde": this.hyde and {"name": this.hyde.name, "identity": this.hyde.identity},
+        "templates": texts.templates.as_dict(),
+        "dataset": dataset.describe(),
+        "model": dataclasses.asdict(this.embedder.source) | {"dtype": this.embedder.dtype},
+        "device": device,
+        "versions": package_versions(),
+    }
+    log_path = folder.begin(settings)
     try:
         log_to_file(log, log_path)
-        summary = compute(config, dataset, texts, embedder, reranker, folder, seconds)
+        summary = compute(this, folder, seconds)
+        settings["teacher"] |= this.teacher  # an endpoint shows only when asked how it can score
         seconds["total"] = time.perf_counter() - started
         summary["seconds"] = {step: round(value, 3) for step, value in seconds.items()}
         summary["peak_memory_mb"] = peak_memory_mb()
@@ -113,77 +118,99 @@ def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
         raise
     finally:
         folder.release()
-    report(dataset, reranker, embedder, summary, folder)
+    report(this, summary, folder)
 
 
-def compute(
-    config: ExperimentConfig,
-    dataset: RetrievalDataset,
-    texts: FilledTexts,
-    embedder: TextEmbedder,
-    reranker: Reranker,
-    folder: RunFolder,
-    seconds: dict[str, float],
-) -> dict[str, Any]:
+def compute(this: Run, folder: RunFolder, seconds: dict[str, float]) -> dict[str, Any]:
     """The method, step by step; returns the summary."""
+    config, dataset, embedder = this.config, this.dataset, this.embedder
     # 1. Texts to vectors. Documents keep theirs for good; only their direction matters, so they get unit length.
+    if this.hyde:
+        with stage("write passages", seconds):
+            passages = this.hyde.write(dataset)
     with stage("embed documents", seconds):
-        documents = unit_length(embedder.embed(texts.documents, "document"))
+        documents = unit_length(embedder.embed(this.texts.documents, "document"))
     with stage("embed queries", seconds):
-        queries = embedder.embed(texts.queries, "query")
+        vectors = {"embeddings": embedder.embed(this.texts.queries, "query")}
+        if this.hyde:
+            vectors["hyde"] = hyde_vectors(vectors["embeddings"], passages, this)
     embedder.unload()
 
-    # 2. Rank the candidates by the original query and sample some for the teacher.
+    # 2. Rank the candidates by each query that is to be refined, and sample some for the teacher.
+    refined_from = {variant: start for variant, start in REFINED_FROM.items() if variant in config.variants}
     with stage("sample documents", seconds):
-        sampled = sample_documents(
-            queries, documents, dataset, config.total_scores, config.scores_from_top, config.random_seed
-        )
+        samples = {
+            start: sample_documents(
+                vectors[start], documents, dataset, config.total_scores, config.scores_from_top, config.random_seed
+            )
+            for start in refined_from.values()
+        }
 
     # 3. The teacher scores them, all queries in one call.
     with stage("teacher scores", seconds):
-        teacher_scores = reranker.score(dataset, sampled)
+        starts = ask_teacher(this, vectors, samples)
 
     # 4. Move each query until its own distribution over these documents agrees with the teacher's.
-    variants: dict[str, np.ndarray] = {"embeddings": queries}
-    if config.computation_types in ("optimized", "all"):
-        with stage("refine queries", seconds):
-            refinement = refine(queries, documents, sampled, teacher_scores, config, embedder.device)
-        variants["optimized_embeddings"] = refinement.vectors.numpy()
+    refinements = {}
+    for variant, start in refined_from.items():
+        with stage(f"refine {variant}", seconds):
+            refinements[variant] = refine(starts[start], documents, config, embedder.device)
 
     # 5. Rank all candidates again by each variant of the query; measure and write.
     folder.clear()
     means = {}
-    for variant, vectors in variants.items():
+    for variant in config.variants:
+        start = starts[REFINED_FROM.get(variant, variant)]
+        queries = refinements[variant].vectors.numpy() if variant in refinements else start.vectors
         with stage(f"measure and write {variant}", seconds):
-            metrics = evaluate(variant, vectors, documents, dataset, sampled, teacher_scores, folder)
-            folder.write_metrics(variant, dataset, metrics, {"teacher": reranker.name, **dataclasses.asdict(config)})
+            metrics = evaluate(variant, queries, start, documents, dataset, folder)
+            teacher = {"teacher": this.teacher["name"], "score_mode": this.teacher["score_mode"]}
+            folder.write_metrics(variant, dataset, metrics, teacher | dataclasses.asdict(config))
             means[variant] = mean_metrics(metrics)
-    if config.save_tensors and "optimized_embeddings" in variants:
-        save_tensors(folder, dataset, queries, documents[sampled], sampled, teacher_scores, refinement)
-    without = int((np.diff(dataset.relevance.indptr) == 0).sum())
-    if without:
-        logger.warning("%d of %d queries have no relevant document; left out of means", without, len(dataset.queries))
-    scored = int((~np.isnan(teacher_scores)).sum())
-    return {
-        "means": means,
-        "queries": len(dataset.queries),
-        "queries_without_relevant_documents": without,
-        "teacher": {"name": reranker.name, "scores": scored, "missing": int((sampled >= 0).sum()) - scored},
-        "embedding": embedder.counts,
-    }
+        if config.save_tensors and variant in refinements:
+            save_tensors(folder, variant, dataset, documents, start, refinements[variant])
+    return summarise(this, means, starts, passages if this.hyde else [])
 
 
 # --- Steps -----------------------------------------------------------------------------------------------------------
 
 
-def refine(
-    queries: np.ndarray,
-    documents: np.ndarray,
-    sampled: np.ndarray,
-    teacher_scores: np.ndarray,
-    config: ExperimentConfig,
-    device: str,
-) -> Refinement:
+def hyde_vectors(queries: np.ndarray, passages: list[list[str]], this: Run) -> np.ndarray:
+    """The vectors of hypothetical documents, embedded like queries and averaged; float32 [Q, D].
+
+    With ``--hyde_average_query`` the query's own vector is part of the average (arXiv 2212.10496, equation 8). A query
+    without a passage keeps its own vector.
+    """
+    templates = this.texts.templates
+    filled = [templates.fill_query(passage) for own in passages for passage in own]
+    vectors = queries.copy()
+    if not filled:
+        return vectors
+    embedded = this.embedder.embed(filled, "query")
+    ends = np.cumsum([len(own) for own in passages])
+    for row, (end, own) in enumerate(zip(ends, passages, strict=True)):
+        if own:
+            parts = embedded[end - len(own) : end]
+            if this.config.hyde_average_query:
+                parts = np.concatenate([parts, queries[row : row + 1]])
+            vectors[row] = parts.mean(axis=0)
+    return vectors
+
+
+def ask_teacher(this: Run, vectors: dict[str, np.ndarray], samples: dict[str, np.ndarray]) -> dict[str, Start]:
+    """Have all samples scored in one call, so that an endpoint stays busy; what two samples share is asked once."""
+    nothing = np.full((len(this.dataset.queries), 0), -1, dtype=np.int64)
+    samples = {start: samples.get(start, nothing) for start in vectors}
+    together = np.concatenate(list(samples.values()), axis=1)
+    scores = np.full(together.shape, math.nan, dtype=np.float32)
+    if this.reranker:
+        scores = this.reranker.score(this.dataset, together)
+    ends = np.cumsum([sampled.shape[1] for sampled in samples.values()])
+    parts = np.split(scores, ends[:-1], axis=1)
+    return {start: Start(vectors[start], samples[start], part) for start, part in zip(samples, parts, strict=True)}
+
+
+def refine(start: Start, documents: np.ndarray, config: ExperimentConfig, device: str) -> Refinement:
     """Call ``refine_queries`` for all queries, in as few pieces as memory allows."""
     import torch
 
@@ -192,7 +219,7 @@ def refine(
     refit = {"normalise_scores": True, "normalise_cosines": True, "teacher_temperature": 2.0} if config.refit else {}
 
     def refine_rows(rows: slice) -> Refinement:
-        inputs = (queries[rows], documents[sampled[rows]], teacher_scores[rows])
+        inputs = (start.vectors[rows], documents[start.sampled[rows]], start.teacher_scores[rows])
         refined = refine_queries(
             *(torch.from_numpy(array).to(device) for array in inputs),
             lr=config.lr,
@@ -202,17 +229,17 @@ def refine(
         )
         return refined.cpu()
 
-    size = max(1, GATHER_BYTES // (4 * sampled.shape[1] * documents.shape[1]))
-    return concatenate([refine_rows(slice(start, start + size)) for start in range(0, len(queries), size)])
+    n_queries, k = start.sampled.shape
+    size = max(1, GATHER_BYTES // (4 * k * documents.shape[1]))
+    return concatenate([refine_rows(slice(first, first + size)) for first in range(0, n_queries, size)])
 
 
 def evaluate(
     variant: str,
     queries: np.ndarray,
+    start: Start,
     documents: np.ndarray,
     dataset: RetrievalDataset,
-    sampled: np.ndarray,
-    teacher_scores: np.ndarray,
     folder: RunFolder,
 ) -> dict[str, np.ndarray]:
     """Rank all candidates by the queries; write raw scores; return each metric as float64 [Q]."""
@@ -220,84 +247,68 @@ def evaluate(
     with folder.raw_scores(variant, dataset) as raw:
         for rows, scores in score_blocks(queries, documents, dataset.repeats):
             blocks.append(measure(rows, scores, dataset))
-            raw.write(rows, scores, sampled[rows], teacher_scores[rows])
+            raw.write(rows, scores, start.sampled[rows], start.teacher_scores[rows])
     return {name: np.concatenate([block[name] for block in blocks]) for name in METRICS}
+
+
+def summarise(
+    this: Run, means: dict[str, dict[str, float]], starts: dict[str, Start], passages: list[list[str]]
+) -> dict[str, Any]:
+    """What ``summary.json`` says, less the times."""
+    dataset = this.dataset
+    without = int((np.diff(dataset.relevance.indptr) == 0).sum())
+    if without:
+        logger.warning("%d of %d queries have no relevant document; left out of means", without, len(dataset.queries))
+    asked = sum(int((start.sampled >= 0).sum()) for start in starts.values())
+    scored = sum(int((~np.isnan(start.teacher_scores)).sum()) for start in starts.values())
+    summary = {
+        "means": means,
+        "queries": len(dataset.queries),
+        "queries_without_relevant_documents": without,
+        "teacher": this.teacher | {"scores": scored, "missing": asked - scored},
+        "embedding": this.embedder.counts,
+    }
+    if this.hyde:
+        fallen_back = [name for name, own in zip(dataset.query_ids, passages, strict=True) if not own]
+        if fallen_back:
+            logger.warning("%d queries have no passage and keep their own vector: %s", len(fallen_back), fallen_back)
+        summary["hyde"] = {
+            "name": this.hyde.name,
+            "passages": sum(map(len, passages)),
+            "queries_without_passage": fallen_back,
+        }
+    models = {"teacher": getattr(this.reranker, "model", None), "hyde": getattr(this.hyde, "model", None)}
+    usage = {role: model.usage.as_dict(this.config.prices) for role, model in models.items() if model}
+    if usage:
+        summary["language_models"] = usage
+    if usage and this.config.prices:
+        summary["cost"] = round(sum(part["cost"] for part in usage.values()), 6)
+    return summary
 
 
 # --- Around the run --------------------------------------------------------------------------------------------------
 
 
-def check_inputs(config: ExperimentConfig) -> EmbeddingTemplates:
-    """Check what embedding needs, before anything is loaded; returns the templates.
-
-    Raises:
-        UserError: the dataset's name, the cache's place or the template file is wrong.
-    """
-    check_dataset_name(config.dataset)
-    if not is_folder(config.cache_dir):  # a full cache may be read-only
-        check_writable("--cache_dir", Path(config.cache_dir))
-    return templates_for(read_templates(config.instruction_templates), config.embedding_model, config.dataset)
-
-
-def make_embedder(config: ExperimentConfig, device: str) -> TextEmbedder:
-    """The embedding model that the flags name, not loaded yet."""
-    check_remote_code(config.embedding_model, config.trust_remote_code)
-    return TextEmbedder(
-        source=find_model(config.embedding_model, config.embedding_model_revision),
-        cache_dir=config.cache_dir,
-        device=device,
-        dtype=config.embedder_dtype,
-        batch_size=config.embedder_batch_size,
-        max_tokens=config.embedder_max_tokens,
-        trust_remote_code=config.trust_remote_code,
-    )
-
-
-def run_hash(
-    config: ExperimentConfig,
-    texts: FilledTexts,
-    dataset: RetrievalDataset,
-    embedder: TextEmbedder,
-    reranker: Reranker,
-) -> str:
-    """Hash over all that changes a figure.
-
-    What a flag stands for counts, not how it is written: the content of the dataset, the identities of the models, the
-    templates that this run uses.
-    """
-    flags = {name: value for name, value in config.result_flags().items() if name not in RESOLVED_FLAGS}
-    templates = {name: value for name, value in texts.templates.as_dict().items() if name != "entry"}
-    return short_hash([flags, dataset.fingerprint, embedder.setup, templates, reranker.identity])
-
-
-def default_name(config: ExperimentConfig, digest: str) -> str:
-    """``<dataset>_<model>_<hash>``: the same experiment gives the same folder."""
-    model = config.embedding_model.rstrip("/").rsplit("/", 1)[-1]
-    dataset = Path(config.dataset).resolve().name if is_folder(config.dataset) else config.dataset
-    return f"{slug(dataset)}_{slug(model)}_{digest}"
-
-
 def save_tensors(
     folder: RunFolder,
+    variant: str,
     dataset: RetrievalDataset,
-    queries: np.ndarray,
-    scored_vectors: np.ndarray,
-    sampled: np.ndarray,
-    teacher_scores: np.ndarray,
+    documents: np.ndarray,
+    start: Start,
     refinement: Refinement,
 ) -> None:
     """Keep what refinement saw and did: enough to refine again without the corpus."""
     import torch
 
     folder.write_tensors(
-        "optimized_embeddings",
+        variant,
         dataset.query_ids,
         {
-            "query_vectors": torch.from_numpy(queries),
+            "query_vectors": torch.from_numpy(start.vectors),
             "refined_vectors": refinement.vectors,
-            "sampled_documents": torch.from_numpy(sampled),
-            "scored_vectors": torch.from_numpy(scored_vectors),
-            "teacher_scores": torch.from_numpy(teacher_scores),
+            "sampled_documents": torch.from_numpy(start.sampled),
+            "scored_vectors": torch.from_numpy(documents[start.sampled]),
+            "teacher_scores": torch.from_numpy(start.teacher_scores),
             "losses": refinement.losses,
             "steps": torch.tensor(refinement.steps),
             "trajectory": refinement.trajectory,
@@ -336,15 +347,22 @@ def fail(folder: RunFolder, error: BaseException) -> None:
         logger.error("config.json could not be written either")
 
 
-def report(
-    dataset: RetrievalDataset, reranker: Reranker, embedder: TextEmbedder, summary: dict[str, Any], folder: RunFolder
-) -> None:
+def report(this: Run, summary: dict[str, Any], folder: RunFolder) -> None:
     """Print the result: the one thing this command writes to standard output."""
+    dataset = this.dataset
     print(
         f"\n{dataset.name}: {len(dataset.queries)} queries, {len(dataset.documents)} documents; "
-        f"{embedder.source.name}; teacher: {reranker.name}\n"
+        f"{this.embedder.source.name}; teacher: {this.teacher['name']}\n"
     )
     print(comparison_table(summary["means"], TABLE_METRICS))
+    if summary.get("language_models"):
+        print()
+    for role, usage in summary.get("language_models", {}).items():
+        cost = f"; cost {usage['cost']:.4f}" if "cost" in usage else ""
+        print(
+            f"{role}: {usage['calls']} calls ({usage['input_tokens']} tokens in, {usage['output_tokens']} out{cost}), "
+            f"{usage['cached_answers']} answers from the cache"
+        )
     print(f"\nresults: {folder.folder}")
 
 

@@ -30,17 +30,27 @@ FALSE_WORDS = ("false", "0", "no")
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What a flag allows: a test of the value, the words that finish 'must be …', and the names where they are few."""
+    """What a flag allows.
+
+    Attributes:
+        accepts: test of the value.
+        allowed: the words that finish 'must be …'.
+        names: the names there are, where they are few.
+        several: the flag takes several words, kept as one text with commas between them.
+    """
 
     accepts: Callable[[Any], bool]
     allowed: str
     names: tuple[str, ...] = ()
+    several: bool = False
 
 
 POSITIVE_NUMBER = Rule(lambda value: math.isfinite(value) and value > 0, "a finite number above 0")
 POSITIVE = Rule(lambda value: value >= 1, "a whole number, 1 or more")
 NOT_NEGATIVE = Rule(lambda value: value >= 0, "a whole number, 0 or more")
 NOT_EMPTY = Rule(lambda value: bool(value and value.strip()), "a name, not an empty text")
+NOT_EMPTY_IF_SET = Rule(lambda value: value is None or bool(value.strip()), "a name, not an empty text")
+SHARE = Rule(lambda value: 0 <= value <= 1, "a share from 0 to 1, such as 0.05")
 FOLDER_NAME = Rule(
     lambda value: value is None or (bool(re.fullmatch(r"[\w.+=,@-]+", value)) and value not in (".", "..")),
     "the name of one folder (letters, digits and . _ - + = , @)",
@@ -50,6 +60,23 @@ FOLDER_NAME = Rule(
 def one_of(*names: str) -> Rule:
     """A rule for a value that is one of ``names``."""
     return Rule(lambda value: value in names, "one of " + ", ".join(names), names)
+
+
+def some_of(*names: str) -> Rule:
+    """A rule for a value that is one or several of ``names``, with commas between them."""
+    allowed = "one or several of " + ", ".join(names)
+    return Rule(lambda value: set(value.split(",")) <= set(names), allowed, names, several=True)
+
+
+def _are_prices(value: str | None) -> bool:
+    try:
+        numbers = [float(word) for word in value.split(",")] if value is not None else [0.0, 0.0]
+    except ValueError:
+        return False
+    return len(numbers) == 2 and all(math.isfinite(number) and number >= 0 for number in numbers)
+
+
+PRICES = Rule(_are_prices, "two numbers, 0 or more: the prices of input and of output", several=True)
 
 
 def flag(default: Any, help: str, rule: Rule | None = None, *, changes_results: bool = True) -> Any:  # noqa: A002
@@ -75,15 +102,21 @@ class ExperimentConfig:
     )
     reranker_model: str = flag(
         "mistralai/Mistral-Small-3.2-24B-Instruct-2506",
-        "teacher that scores the sampled documents: cross-encoder/NAME, or a folder with a cross-encoder (this version "
-        "cannot ask language models)",
+        "teacher: LiteLLM/NAME or NAME (language model behind BASE_URL: a call for each of --total_scores documents a "
+        "query), OpenAI/NAME; free, run here: cross-encoder/NAME, CrossEncoder/NAME, CausalLM/NAME, "
+        "jhu-clsp/FollowIR-7B, or a cross-encoder's folder",
         NOT_EMPTY,
     )
-    hyde_model: str | None = flag(None, "language model that writes HyDE passages (not in this version)")
+    hyde_model: str | None = flag(
+        None,
+        "language model that writes HyDE passages (LiteLLM/NAME, OpenAI/NAME): --hyde_samples calls a query; "
+        "optimized_hyde asks the teacher for scores of its own",
+        NOT_EMPTY_IF_SET,
+    )
     computation_types: str = flag(
         "all",
-        "variants beside the original query; 'all' leaves HyDE out when there is no --hyde_model",
-        one_of("optimized", "hyde", "optimized_hyde", "all"),
+        "variants beside the original query, one or several; 'all' leaves HyDE out when there is no --hyde_model",
+        some_of("optimized", "hyde", "optimized_hyde", "all"),
     )
 
     # The method
@@ -101,6 +134,36 @@ class ExperimentConfig:
     )
     random_seed: int = flag(42, "seed of the sampled ranks", NOT_NEGATIVE)
 
+    # Language models and HyDE
+    llm_score_mode: str = flag(
+        "auto",
+        "how a language model scores: yes_no = probability of a yes, verbalized = a number it says; auto = yes_no "
+        "where the endpoint gives log probabilities, else verbalized for the whole run",
+        one_of("auto", "yes_no", "verbalized"),
+    )
+    judge_max_characters: int = flag(16000, "a language model sees this much of a document", POSITIVE)
+    hyde_samples: int = flag(1, "HyDE passages a query; their vectors are averaged", POSITIVE)
+    hyde_average_query: bool = flag(
+        False, "average the passages' vectors with the query's, as the original HyDE paper does"
+    )
+    max_failed_scores: float = flag(
+        0.05, "share of scores that may be missing; above it the run ends and keeps the others", SHARE,
+        changes_results=False,
+    )
+    llm_concurrency: int = flag(
+        32, "calls in flight at once", Rule(lambda value: 1 <= value <= 1000, "a whole number from 1 to 1000"),
+        changes_results=False,
+    )
+    llm_timeout: float = flag(120.0, "seconds a call may take", POSITIVE_NUMBER, changes_results=False)
+    llm_max_retries: int = flag(
+        6, "more tries of a call that failed but may get better (429, 5xx, dropped, timed out)", NOT_NEGATIVE,
+        changes_results=False,
+    )
+    price_per_million: str | None = flag(
+        None, "price of a million input and of a million output tokens, such as 0.15 0.6: adds the cost to the summary",
+        PRICES, changes_results=False,
+    )
+
     # Models: how they run
     embedder_batch_size: int = flag(
         10, "texts in an embedding batch (more when they are short); halved when memory runs out", POSITIVE,
@@ -114,6 +177,14 @@ class ExperimentConfig:
     embedder_max_tokens: int = flag(8192, "texts are cut to this many tokens, or to the model's own limit", POSITIVE)
     reranker_batch_size: int = flag(
         32, "query-document pairs in a batch of a local reranker", POSITIVE, changes_results=False
+    )
+    reranker_dtype: str = flag(
+        "auto",
+        "precision of a local reranker; auto = float32 for cross-encoders, bfloat16 for causal language models",
+        one_of("auto", "float32", "bfloat16", "float16"),
+    )
+    reranker_max_tokens: int = flag(
+        8192, "a local reranker's pairs are cut to this many tokens, or to the model's own limit", POSITIVE
     )
     trust_remote_code: bool = flag(
         False, "let a model run Python code that comes with it; read that code first", changes_results=False
@@ -129,11 +200,37 @@ class ExperimentConfig:
         changes_results=False,
     )
     output_dir: str = flag("output", "where results go", NOT_EMPTY, changes_results=False)
-    cache_dir: str = flag("cache", "where vectors are kept between runs", NOT_EMPTY, changes_results=False)
+    cache_dir: str = flag(
+        "cache", "where vectors, scores and passages are kept between runs", NOT_EMPTY, changes_results=False
+    )
     data_dir: str = flag("data", "where datasets lie or are downloaded to", NOT_EMPTY, changes_results=False)
     save_tensors: bool = flag(
         False, "also save vectors, trajectories and losses (safetensors)", changes_results=False
     )
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The variants of the query that are measured, the original first."""
+        names = {"optimized": "optimized_embeddings", "hyde": "hyde", "optimized_hyde": "optimized_hyde_embeddings"}
+        asked = set(self.computation_types.split(","))
+        if "all" in asked:
+            asked |= set(names) if self.hyde_model else {"optimized"}
+        return ("embeddings", *(variant for name, variant in names.items() if name in asked))
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any variant is refined."""
+        return any(variant.startswith("optimized") for variant in self.variants)
+
+    @property
+    def needs_hyde(self) -> bool:
+        """Whether any variant starts from hypothetical documents."""
+        return any("hyde" in variant for variant in self.variants)
+
+    @property
+    def prices(self) -> tuple[float, ...] | None:
+        """``price_per_million`` as numbers: input, output."""
+        return tuple(map(float, self.price_per_million.split(","))) if self.price_per_million else None
 
     def result_flags(self) -> dict[str, Any]:
         """The flags that may change a figure, by name."""
@@ -175,6 +272,8 @@ def parse_value(field: dataclasses.Field, text: str) -> Any:
         if text.lower() not in TRUE_WORDS + FALSE_WORDS:
             raise UserError(f"--{field.name}: got {text!r}, must be True or False")
         return text.lower() in TRUE_WORDS
+    if rule and rule.several:
+        text = ",".join(re.split(r"[,\s]+", text.strip()))
     try:
         value = kind(text)
     except ValueError:
@@ -209,8 +308,9 @@ def build_config(given: Mapping[str, str]) -> ExperimentConfig:
         problems.append(
             f"--scores_from_top: got {values['scores_from_top']}, must be at most --total_scores, which is {total}"
         )
-    if values.get("computation_types") in ("hyde", "optimized_hyde") and not values.get("hyde_model"):
-        problems.append(f"--computation_types: {values['computation_types']!r} needs --hyde_model, which is not set")
+    asked = values.get("computation_types", "all").split(",")
+    if not values.get("hyde_model") and (needs := [name for name in asked if "hyde" in name]):
+        problems.append(f"--computation_types: {needs[0]!r} needs --hyde_model, which is not set")
     if problems:
         raise UserError("\n".join(problems))
     return ExperimentConfig(**values)
@@ -241,7 +341,7 @@ def add_flags(
             default=argparse.SUPPRESS,
             metavar=names or {bool: "True|False", int: "N", float: "X", str: "TEXT"}[_value_type(field)],
             help=f"{field.metadata['help']} (default: {shown_default(field)})".replace("%", "%%"),
-            **({"nargs": "?", "const": "True"} if is_switch else {}),
+            **({"nargs": "?", "const": "True"} if is_switch else {"nargs": "+"} if rule and rule.several else {}),
         )
 
 
@@ -252,6 +352,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[st
         UserError: naming the unknown flag and the nearest known one.
     """
     namespace, unknown = parser.parse_known_args(list(argv))
+    given = {name: " ".join(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         lines = []
@@ -265,7 +366,7 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[st
             hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the flags"
             lines.append(f"unknown {'flag' if word.startswith('-') else 'argument'} {word!r}; {hint}")
         raise UserError("\n".join(lines))
-    return vars(namespace)
+    return given
 
 
 def parse_arguments(description: str, argv: Sequence[str] | None = None) -> ExperimentConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from errors import UserError
 from retrieval_dataset import RetrievalDataset
 
 SECTIONS = ("embedding_models", "dataset_instructions")
+# A file of one's own may leave these out and gets those of the shipped file.
+PROMPT_SECTIONS = ("judge_prompts", "hyde_prompts", "causal_rerankers")
+SHIPPED = Path(__file__).resolve().parent / "instruction_templates.yaml"
 MOST_PROBLEMS = 3
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
@@ -60,48 +63,105 @@ def read_templates(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: naming the file, the entry and what is wrong with it.
     """
+    where = f"--instruction_templates: {path}"
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--instruction_templates: {path} cannot be read ({reason})") from None
+        raise UserError(f"{where} cannot be read ({reason})") from None
     except yaml.YAMLError as error:
-        raise UserError(f"--instruction_templates: {path} is not YAML ({' '.join(str(error).split())})") from None
-    where = f"--instruction_templates: {path}"
+        raise UserError(f"{where} is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict) or not all(isinstance(content.get(section), dict) for section in SECTIONS):
         raise UserError(f"{where} must have the sections {' and '.join(SECTIONS)}")
-    if unknown := [str(section) for section in content if section not in SECTIONS]:
-        raise UserError(f"{where} has an unknown section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
-    if problems := list(_problems(content)):
+    every = SECTIONS + PROMPT_SECTIONS
+    if unknown := [str(section) for section in content if section not in every]:
+        raise UserError(f"{where} has an unknown section {unknown[0]!r}; there are {', '.join(every)}")
+    problems = [problem for section in content for problem in CHECKS[section](content[section])]
+    if problems:
         more = [f"and {len(problems) - MOST_PROBLEMS} problems more"] if len(problems) > MOST_PROBLEMS else []
         raise UserError("\n".join(f"{where}: {problem}" for problem in problems[:MOST_PROBLEMS] + more))
+    if missing := [section for section in PROMPT_SECTIONS if section not in content]:
+        shipped = read_templates(SHIPPED)
+        content |= {section: shipped[section] for section in missing}
     return content
 
 
-def _problems(content: dict[str, Any]) -> Iterator[str]:
-    for section in SECTIONS:
-        if "default" not in content[section]:
-            yield f"{section} has no entry 'default'"
-    for name, text in content["dataset_instructions"].items():
+def _model_problems(section: dict[Any, Any]) -> Iterator[str]:
+    if "default" not in section:
+        yield "embedding_models has no entry 'default'"
+    for name, entry in section.items():
+        where = f"embedding_models, {name}"
+        if not isinstance(name, str):
+            yield f"{where}: the name must be a text"
+        elif not isinstance(entry, dict) or set(entry) != {"query", "document"}:
+            yield f"{where}: must have 'query' and 'document' and nothing else"
+        else:
+            yield from _template_problem(f"{where}: the query template", entry["query"], {"text"}, {"instruction"})
+            yield from _template_problem(f"{where}: the document template", entry["document"], {"text"})
+
+
+def _instruction_problems(section: dict[Any, Any]) -> Iterator[str]:
+    if "default" not in section:
+        yield "dataset_instructions has no entry 'default'"
+    for name, text in section.items():
         if not isinstance(text, str) or not text.strip():
             yield f"dataset_instructions, {name}: must be a text"
-    for name, entry in content["embedding_models"].items():
-        if not isinstance(name, str):
-            yield f"embedding_models, {name}: the name must be a text"
-        elif not isinstance(entry, dict) or set(entry) != {"query", "document"}:
-            yield f"embedding_models, {name}: must have 'query' and 'document' and nothing else"
-        else:
-            yield from _template_problems(f"embedding_models, {name}", entry)
 
 
-def _template_problems(where: str, entry: dict[str, Any]) -> Iterator[str]:
-    for part, allowed in (("query", {"text", "instruction"}), ("document", {"text"})):
-        template = entry[part]
-        found = set(PLACEHOLDER.findall(template)) if isinstance(template, str) else set()
-        if "text" not in found:
-            yield f"{where}: the {part} template must contain {{text}}, it is {template!r}"
-        elif found - allowed:
-            yield f"{where}: the {part} template has an unknown {{{min(found - allowed)}}}"
+def _judge_problems(section: Any) -> Iterator[str]:
+    if not isinstance(section, dict) or set(section) != {"task", "yes_no", "verbalized"}:
+        yield "judge_prompts must have 'task', 'yes_no' and 'verbalized' and nothing else"
+        return
+    yield from _template_problem("judge_prompts, task", section["task"], {"instruction"})
+    for mode in ("yes_no", "verbalized"):
+        yield from _template_problem(f"judge_prompts, {mode}", section[mode], {"query", "document"}, {"task"})
+
+
+def _hyde_problems(section: Any) -> Iterator[str]:
+    if not isinstance(section, dict) or "default" not in section:
+        yield "hyde_prompts has no entry 'default'"
+        return
+    for name, template in section.items():
+        yield from _template_problem(f"hyde_prompts, {name}", template, {"query"}, {"instruction"})
+
+
+def _causal_problems(section: Any) -> Iterator[str]:
+    if not isinstance(section, dict) or "default" not in section:
+        yield "causal_rerankers has no entry 'default'"
+        return
+    for name, entry in section.items():
+        where = f"causal_rerankers, {name}"
+        if not isinstance(entry, dict) or set(entry) != {"prompt", "task", "no_task", "yes", "no"}:
+            yield f"{where}: must have 'prompt', 'task', 'no_task', 'yes' and 'no' and nothing else"
+            continue
+        yield from _template_problem(f"{where}: the prompt", entry["prompt"], {"query", "document"}, {"task"})
+        yield from _template_problem(f"{where}: the task", entry["task"], set(), {"instruction"})
+        yield from _template_problem(f"{where}: no_task", entry["no_task"], set())
+        for word in ("yes", "no"):
+            if not isinstance(entry[word], list) or not all(isinstance(w, str) and w for w in entry[word] or [None]):
+                yield f"{where}: {word!r} must be a list of words in quotes"
+
+
+CHECKS = {
+    "embedding_models": _model_problems,
+    "dataset_instructions": _instruction_problems,
+    "judge_prompts": _judge_problems,
+    "hyde_prompts": _hyde_problems,
+    "causal_rerankers": _causal_problems,
+}
+
+
+def _template_problem(
+    where: str, template: Any, needed: Collection[str], allowed: Collection[str] = ()
+) -> Iterator[str]:
+    if not isinstance(template, str):
+        yield f"{where} must be a text, it is {template!r}"
+        return
+    found = set(PLACEHOLDER.findall(template))
+    if missing := sorted(set(needed) - found):
+        yield f"{where} must contain {{{missing[0]}}}, it is {template!r}"
+    elif unknown := sorted(found - set(needed) - set(allowed)):
+        yield f"{where} has an unknown {{{unknown[0]}}}"
 
 
 def known_name(model: str, names: Iterable[str]) -> str | None:
@@ -152,3 +212,94 @@ def fill_templates(templates: EmbeddingTemplates, dataset: RetrievalDataset) -> 
         queries=[templates.fill_query(text) for text in dataset.queries],
         templates=templates,
     )
+
+
+# --- Prompts of teachers and of HyDE ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class JudgePrompts:
+    """What a language model is asked about a query and a document.
+
+    Attributes:
+        yes_no, verbalized: templates with ``{query}``, ``{document}`` and perhaps ``{task}``.
+        task: what stands for ``{task}``; empty for search datasets.
+    """
+
+    yes_no: str
+    verbalized: str
+    task: str
+
+    def fill(self, mode: str, query: str, document: str) -> str:
+        """The prompt for one pair; ``mode`` is "yes_no" or "verbalized"."""
+        return _fill(getattr(self, mode), task=self.task, query=query, document=document)
+
+    def as_dict(self) -> dict[str, str]:
+        """For the run's hash and ``config.json``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class HydePrompt:
+    """What a language model is asked for a hypothetical document: a template with ``{query}``, and the instruction."""
+
+    template: str
+    instruction: str
+
+    def as_dict(self) -> dict[str, str]:
+        """For the run's hash and ``config.json``."""
+        return asdict(self)
+
+    def fill(self, query: str) -> str:
+        """The prompt for one query."""
+        return _fill(self.template, query=query, instruction=self.instruction)
+
+
+@dataclass(frozen=True)
+class CausalPrompt:
+    """How a causal reranker is asked, and which next tokens are its answers.
+
+    Attributes:
+        prompt: template with ``{query}``, ``{document}`` and perhaps ``{task}``.
+        task: what stands for ``{task}``.
+        yes, no: the answer words, each one token.
+    """
+
+    prompt: str
+    task: str
+    yes: tuple[str, ...]
+    no: tuple[str, ...]
+
+    def fill(self, query: str, document: str) -> str:
+        """The prompt for one pair."""
+        return _fill(self.prompt, task=self.task, query=query, document=document)
+
+
+def _instruction(content: dict[str, Any], dataset: RetrievalDataset) -> str:
+    instructions = content["dataset_instructions"]
+    return dataset.instruction or instructions.get(dataset.name, instructions["default"])
+
+
+def judge_prompts(content: dict[str, Any], dataset: RetrievalDataset) -> JudgePrompts:
+    """The judge's prompts on one dataset; only classification datasets tell it their instruction."""
+    section = content["judge_prompts"]
+    task = ""
+    if dataset.task_type == "classification":
+        task = _fill(section["task"], instruction=_instruction(content, dataset))
+    return JudgePrompts(section["yes_no"], section["verbalized"], task)
+
+
+def hyde_prompt(content: dict[str, Any], dataset: RetrievalDataset) -> HydePrompt:
+    """The prompt for hypothetical documents of one dataset."""
+    section = content["hyde_prompts"]
+    return HydePrompt(section.get(dataset.name, section["default"]), _instruction(content, dataset))
+
+
+def causal_prompt(content: dict[str, Any], model: str, dataset: RetrievalDataset) -> CausalPrompt:
+    """The prompt of one causal reranker, looked up with :func:`known_name`, on one dataset."""
+    section = content["causal_rerankers"]
+    entry = section[known_name(model, section) or "default"]
+    task = entry["no_task"]
+    if dataset.task_type == "classification":
+        task = _fill(entry["task"], instruction=_instruction(content, dataset))
+    return CausalPrompt(entry["prompt"], task, tuple(entry["yes"]), tuple(entry["no"]))

@@ -299,7 +299,12 @@ def comparison_table(means: dict[str, dict[str, float]], metrics: Sequence[str])
         means: variant name to metric name to mean; "embeddings" is the original query.
         metrics: which rows.
     """
-    names = {"embeddings": "original", "optimized_embeddings": "refined"}
+    names = {
+        "embeddings": "original",
+        "optimized_embeddings": "refined",
+        "hyde": "HyDE",
+        "optimized_hyde_embeddings": "refined HyDE",
+    }
     others = [variant for variant in means if variant != "embeddings"]
     header = ["metric", "original"] + [word for variant in others for word in (names.get(variant, variant), "change")]
     lines = [header]

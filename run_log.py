@@ -7,7 +7,10 @@ import logging.handlers
 from pathlib import Path
 
 KEPT_LINES = 10_000
-QUIET_LIBRARIES = ("sentence_transformers", "transformers", "huggingface_hub", "datasets", "httpx", "httpx2")
+QUIET_LIBRARIES = (
+    *("sentence_transformers", "transformers", "huggingface_hub", "datasets"),
+    *("httpx", "httpx2", "httpcore", "openai", "asyncio"),
+)
 
 
 def start_logging() -> logging.handlers.MemoryHandler:

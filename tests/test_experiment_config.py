@@ -61,7 +61,7 @@ def test_fewer_scores_need_no_second_flag():
         (["--num_steps", "1.5"], "--num_steps: got '1.5', must be a whole number, 0 or more"),
         (["--total_scores", "0"], "--total_scores: got '0', must be a whole number, 1 or more"),
         (["--scores_from_top", "21"], "--scores_from_top: got 21, must be at most --total_scores, which is 20"),
-        (["--computation_types", "both"], "--computation_types: got 'both', must be one of optimized, hyde"),
+        (["--computation_types", "both"], "--computation_types: got 'both', must be one or several of optimized, hyde"),
         (["--computation_types", "hyde"], "--computation_types: 'hyde' needs --hyde_model"),
         (["--refit", "maybe"], "--refit: got 'maybe', must be True or False"),
         (["--experiment_name", "../x"], "--experiment_name: got '../x', must be the name of one folder"),

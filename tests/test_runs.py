@@ -245,7 +245,7 @@ def test_the_same_flags_name_the_same_folder(small_folder, tiny_models, tmp_path
         (["--dataset", "Nowhere"], "--dataset: 'Nowhere' is neither a folder nor one of"),
         (["--embedding_model", "./nope"], "--embedding_model: ./nope is not a folder"),
         (["--embedding_model", "nobody/nothing"], "the hub cannot be reached"),
-        (["--computation_types", "everything"], "--computation_types: got 'everything', must be one of"),
+        (["--computation_types", "everything"], "--computation_types: got 'everything', must be one or several of"),
         (["--lr", "nan"], "--lr: got 'nan'"),
         (["--num_steps", "-1"], "--num_steps: got '-1'"),
         (["--scores_from_top", "30"], "--scores_from_top: got 30"),
@@ -256,9 +256,11 @@ def test_the_same_flags_name_the_same_folder(small_folder, tiny_models, tmp_path
         (["--instruction_templates", "{file}"], "--instruction_templates: {file} must have the sections"),
         (["--instruction_templates", "{yaml}"], "default: the query template must contain {{text}}, it is '{{txt}}'"),
         (["--dataset", "NFCorpus", "--data_dir", "{empty}"], "hub dataset mteb/nfcorpus: cannot load"),
-        (["--optimize_with_gold=False"], "--reranker_model: mistralai/Mistral-Small-3.2-24B-Instruct-2506 is a language model"),
+        (["--optimize_with_gold=False"], "--reranker_model: mistralai/Mistral-Small-3.2-24B-Instruct-2506 needs the environment variable BASE_URL"),
+        (["--optimize_with_gold=False", "--reranker_model=OpenAI/gpt"], "OpenAI/gpt needs the environment variable OPENAI_API_KEY"),
+        (["--optimize_with_gold=False", "--reranker_model=CausalLM/"], "--reranker_model: got 'CausalLM/', must name a model"),
         (["--optimize_with_gold=False", "--reranker_model=cross-encoder/nowhere"], "--reranker_model: cross-encoder/nowhere is no folder and not in the hub"),
-        (["--hyde_model", "gpt"], "--hyde_model: gpt: this version writes no HyDE passages"),
+        (["--hyde_model", "gpt"], "--hyde_model: gpt needs the environment variable BASE_URL"),
     ],
 )
 def test_a_mistake_is_one_line_status_2_and_nothing_written(small_folder, tiny_models, tmp_path, arguments, message):

@@ -13,6 +13,7 @@ from transformers import (
     MistralModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
 )
 
@@ -64,7 +65,7 @@ def word_piece_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny_models(folder: Path) -> dict[str, Path]:
-    """Make and save a Qwen3 and a Mistral (last-token pooling), a BERT (mean pooling) and a BERT cross-encoder."""
+    """Make and save a Qwen3 and a Mistral (last-token pooling), a BERT (mean pooling), a BERT cross-encoder, a causal Qwen3."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
@@ -95,4 +96,10 @@ def save_tiny_models(folder: Path) -> dict[str, Path]:
     saved["cross-encoder"] = folder / "cross-encoder" / "tiny"
     BertForSequenceClassification(BertConfig(**encoder, num_labels=1)).save_pretrained(saved["cross-encoder"])
     word_piece.save_pretrained(saved["cross-encoder"])
+    torch.manual_seed(2)
+    saved["causal"] = folder / "tiny-causal"
+    byte_level.add_tokens(["yes", "no"])
+    causal = {**decoder, "vocab_size": len(byte_level), "tie_word_embeddings": True}
+    Qwen3ForCausalLM(Qwen3Config(**causal, head_dim=8)).save_pretrained(saved["causal"])
+    byte_level.save_pretrained(saved["causal"])
     return saved

@@ -1,0 +1,139 @@
+"""HyDE: a language model writes hypothetical documents for each query (arXiv 2212.10496). Knows no vector, no score."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from cache_utils import RecordCache, record_key
+from experiment_config import ExperimentConfig
+from instruction_templates import HydePrompt, hyde_prompt
+from llm_client import LanguageModel, Question, language_model
+from llm_services import UnreadableAnswerError, find_model_address, model_parameters, without_thoughts
+from retrieval_dataset import RetrievalDataset
+
+logger = logging.getLogger(__name__)
+FLAG = "--hyde_model"
+PARAMETERS = {"temperature": 0.7, "max_tokens": 256}  # the paper's
+
+
+def read_passage(completion: Any) -> str:
+    """The passage of an answer.
+
+    Args:
+        completion: ``openai.types.chat.ChatCompletion``.
+
+    Raises:
+        UnreadableAnswerError: there is none.
+    """
+    passage = without_thoughts(completion.choices[0].message.content or "").strip()
+    if not passage:
+        raise UnreadableAnswerError(f"an empty passage within {PARAMETERS['max_tokens']} tokens")
+    return passage
+
+
+class HydeWriter:
+    """Writes the passages of a dataset's queries, through the record cache.
+
+    Args:
+        model: who writes.
+        prompt: what is asked.
+        samples: passages a query.
+        cache_dir: where passages are kept.
+    """
+
+    def __init__(self, model: LanguageModel, prompt: HydePrompt, samples: int, cache_dir: str) -> None:
+        self.model = model
+        self.prompt = prompt
+        self.samples = samples
+        self.name = model.address.name
+        self.identity = {"model": self.name, "samples": samples, "prompt": prompt.as_dict()}
+        about = {"service": model.address.service, "model": model.address.model}
+        self._cache = RecordCache(cache_dir, {"kind": "passage", **about, "parameters": PARAMETERS})
+        self._asked: set[str] = set()
+
+    def load(self, dataset: RetrievalDataset) -> None:
+        """Ask for one passage of this run, so that a wrong key, address or model is told before any other work.
+
+        Raises:
+            UserError: the endpoint cannot be reached or refuses the call.
+            RunError: it is down.
+        """
+        missing = self._missing(dataset)
+        if missing:
+            key = next(iter(missing))
+            self._ask(dataset, {key: missing[key]}, "first passage")
+
+    def is_complete(self, dataset: RetrievalDataset) -> bool:
+        """Whether every passage is there already."""
+        return not self._missing(dataset)
+
+    def write(self, dataset: RetrievalDataset) -> list[list[str]]:
+        """The passages of each query: as many as could be had, at most ``samples``.
+
+        Raises:
+            RunError: the endpoint is down; the passages so far are kept.
+        """
+        self._cache.refresh()
+        keys = [self._keys(query) for query in dataset.queries]
+        for key in {key for own in keys for key in own}:
+            if key in self._cache and key not in self._asked:
+                self.model.usage.count_cached(self._cache[key].tokens)
+        if missing := self._missing(dataset):
+            logger.info("%s: asking for %d passages", self.name, len(missing))
+            failures = self._ask(dataset, missing, "passages")
+            self._cache.refresh()  # where another process was sooner, its passage counts for all
+            for key, reason in failures.items():
+                logger.warning("no passage for query %s: %s", dataset.query_ids[missing[key]], reason)
+        return [[self._cache[key].value for key in own if key in self._cache] for own in keys]
+
+    def _keys(self, query: str) -> list[str]:
+        messages = self._messages(query)
+        return [record_key([messages, sample]) for sample in range(self.samples)]
+
+    def _missing(self, dataset: RetrievalDataset) -> dict[str, int]:
+        keys = ((key, i) for i, query in enumerate(dataset.queries) for key in self._keys(query))
+        return {key: i for key, i in keys if key not in self._cache}
+
+    def _messages(self, query: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": self.prompt.fill(query)}]
+
+    def _ask(self, dataset: RetrievalDataset, missing: dict[str, int], description: str) -> dict[str, str]:
+        def questions() -> Iterator[Question]:
+            for key, query in missing.items():
+                about = {"dataset": dataset.name, "query": dataset.query_ids[query]}
+                yield Question(key, self._messages(dataset.queries[query]), about)
+
+        failures = self.model.answer(
+            questions(),
+            read_passage,
+            self._cache,
+            model_parameters(self.model.address, PARAMETERS),
+            total=len(missing),
+            description=description,
+        )
+        self._asked |= set(missing) - set(failures)
+        return failures
+
+
+def check_hyde(config: ExperimentConfig) -> None:
+    """Say at once when the model that writes passages cannot be had.
+
+    Raises:
+        UserError: naming the environment variable that is missing.
+    """
+    if config.needs_hyde:
+        find_model_address(FLAG, config.hyde_model)
+
+
+def find_hyde_writer(config: ExperimentConfig, prompts: dict[str, Any], dataset: RetrievalDataset) -> HydeWriter:
+    """The writer of passages that the flags ask for.
+
+    Args:
+        config: checked by :func:`check_hyde`.
+        prompts: from :func:`instruction_templates.read_templates`.
+        dataset: for its prompt and instruction.
+    """
+    model = language_model(FLAG, config.hyde_model, config)
+    return HydeWriter(model, hyde_prompt(prompts, dataset), config.hyde_samples, config.cache_dir)

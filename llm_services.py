@@ -1,0 +1,245 @@
+"""Language-model services: where a model is asked, and what it means when a call fails. Asks nothing itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from errors import RunError, UserError
+
+OFFICIAL_URL = "https://api.openai.com/v1"
+# service prefix: the environment variables with its address and its key
+SERVICES = {"LiteLLM": ("BASE_URL", "API_KEY"), "OpenAI": ("OPENAI_BASE_URL", "OPENAI_API_KEY")}
+TRANSIENT = (408, 409, 429)  # and every 5xx
+FILTER_WORDS = re.compile(r"content[ _]?(filter|policy|management policy)", re.I)
+LENGTH_WORDS = re.compile(r"context[ _]?(length|window)|maximum context|too many tokens", re.I)
+THOUGHTS = re.compile(r"^\s*<think>.*?</think>", re.S)
+# What to do when a model does not take a parameter: the name in the complaint, what was sent, what to send instead.
+INSTEAD = {
+    "temperature": ("temperature", None),
+    "max_tokens": ("max_tokens", "max_completion_tokens"),
+    "chat_template_kwargs": ("extra_body", None),
+}
+
+
+@dataclass(frozen=True)
+class ModelAddress:
+    """One model at one service.
+
+    Attributes:
+        service: "LiteLLM" or "OpenAI".
+        model: the model's name as the service knows it.
+        base_url: with the version, without a slash at the end.
+        api_key: "" where none is set.
+        flag: the flag that names the model, for messages.
+    """
+
+    service: str
+    model: str
+    base_url: str
+    api_key: str = field(repr=False)
+    flag: str
+
+    @property
+    def name(self) -> str:
+        """The model's full name, for results."""
+        return f"{self.service}/{self.model}"
+
+    @property
+    def key_variable(self) -> str:
+        """The environment variable that holds the key."""
+        return SERVICES[self.service][1]
+
+    @property
+    def url_variable(self) -> str:
+        """The environment variable that holds the address."""
+        return SERVICES[self.service][0]
+
+    @property
+    def place(self) -> str:
+        """The address without a user and password in it, for messages."""
+        return re.sub(r"//[^/@]*@", "//", self.base_url)
+
+    def clean(self, message: str) -> str:
+        """A message of the service as one short line, without the key."""
+        if self.api_key:
+            message = message.replace(self.api_key, "***")
+        return re.sub(r"//[^/@\s]*@", "//", " ".join(message.split()))[:300]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Service and model of a name; no prefix means LiteLLM."""
+    service, slash, model = name.partition("/")
+    return (service, model) if slash and service in SERVICES else ("LiteLLM", name)
+
+
+def find_model_address(flag: str, name: str, otherwise: str = "") -> ModelAddress:
+    """Where a language model is asked, from the environment and a ``.env`` file beside it.
+
+    Args:
+        flag: the flag that names the model, for messages.
+        name: ``LiteLLM/<model>``, ``OpenAI/<model>``, or a model without prefix.
+        otherwise: what the user can do without an endpoint.
+
+    Raises:
+        UserError: a variable is missing, or the address is none.
+    """
+    service, model = split_name(name)
+    if not model.strip():
+        raise UserError(f"{flag}: got {name!r}, must name a model behind {service}/")
+    url_variable, key_variable = SERVICES[service]
+    environment = _environment()
+    url, key = environment.get(url_variable, "").strip(), environment.get(key_variable, "").strip()
+    if not (key if service == "OpenAI" else url):
+        variable = key_variable if service == "OpenAI" else url_variable
+        what = f"needs the environment variable {variable}, which is not set; set it, or put it into a file .env"
+        raise UserError(f"{flag}: {name} {what}{otherwise}")
+    if not key.isascii() or not key.isprintable():
+        raise UserError(f"{key_variable}: holds characters that no key has")
+    return ModelAddress(service, model, _versioned(url or OFFICIAL_URL, url_variable), key, flag)
+
+
+def _environment() -> Mapping[str, str]:
+    """Environment variables, with those of ``.env`` (working directory, then the project's) where they are not set."""
+    from dotenv import dotenv_values
+
+    values: dict[str, str] = {}
+    for folder in (Path(__file__).resolve().parent, Path.cwd()):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            values |= {name: value for name, value in dotenv_values(folder / ".env").items() if value is not None}
+    return values | os.environ
+
+
+def _versioned(url: str, variable: str) -> str:
+    """``http://host``, ``http://host/v1/`` and ``http://host/v1/chat/completions`` to ``http://host/v1``."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UserError(f"{variable}: got {url!r}, must be an address such as http://localhost:4000 or https://host/v1")
+    url = url.rstrip("/").removesuffix("/chat/completions")
+    has_version = any(re.fullmatch(r"v\d+\w*", part) for part in urlsplit(url).path.split("/"))
+    return url if has_version else f"{url}/v1"
+
+
+def model_parameters(address: ModelAddress, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a call as this service and model want them."""
+    wanted = dict(parameters)
+    if address.base_url == OFFICIAL_URL:
+        wanted["max_completion_tokens"] = wanted.pop("max_tokens")
+    elif "qwen" in address.model.lower():  # would think aloud first
+        wanted["extra_body"] = {"chat_template_kwargs": {"enable_thinking": False}}
+    return wanted
+
+
+def without_thoughts(text: str) -> str:
+    """An answer without the thoughts that some models write before it."""
+    return THOUGHTS.sub("", text)
+
+
+# --- What went wrong -------------------------------------------------------------------------------------------------
+
+
+class NoAnswerError(Exception):
+    """A question gets no answer, however often it is asked; the others may."""
+
+    def __init__(self, reason: str, endpoint_is_ill: bool = False) -> None:
+        super().__init__(reason)
+        self.endpoint_is_ill = endpoint_is_ill
+
+
+class UnreadableAnswerError(Exception):
+    """An answer came that is none; asking again may help."""
+
+
+class NoLogprobsError(Exception):
+    """The endpoint gives no log probabilities for this model."""
+
+
+class TransientError(Exception):
+    """The call may do better later; ``seconds`` is what the endpoint asked to wait for."""
+
+    def __init__(self, reason: str, seconds: float | None = None, unreached: bool = False) -> None:
+        super().__init__(reason)
+        self.seconds = seconds
+        self.unreached = unreached
+
+
+class RefusedParameterError(Exception):
+    """The model does not take a parameter of the call."""
+
+
+def what_failed(error: Exception, address: ModelAddress, sent: Collection[str], answered: bool) -> Exception:
+    """What an error of a call means: one of this room's exceptions, or one that ends the work.
+
+    Args:
+        error: as the ``openai`` package raises it, ``TimeoutError``, or ``ValueError`` for an answer that is no JSON.
+        address: where the call went.
+        sent: names of the call's parameters.
+        answered: whether any call was ever answered: then a refusal is not a mistake in what the user gave.
+    """
+    import openai
+
+    if isinstance(error, UnicodeEncodeError):
+        return NoAnswerError("the text is no valid Unicode")
+    if isinstance(error, openai.APIStatusError):
+        return _refusal(error, address, sent, answered)
+    if isinstance(error, TimeoutError | openai.APITimeoutError):
+        return TransientError("no answer in time (--llm_timeout)")
+    if isinstance(error, openai.APIConnectionError):
+        cause = error.__cause__ or error
+        unreached = type(cause).__name__ in ("ConnectError", "ConnectTimeout")
+        return TransientError(address.clean(str(cause) or type(cause).__name__), unreached=unreached)
+    return TransientError(address.clean(f"the answer cannot be read: {error}"))
+
+
+def _refusal(error: Any, address: ModelAddress, sent: Collection[str], answered: bool) -> Exception:
+    """What an HTTP status other than success means (``openai.APIStatusError``)."""
+    status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
+    message = address.clean(str(body.get("message") or body.get("detail") or error.message))
+    words = f"{body.get('code') or ''} {body.get('param') or ''} {message}"
+    if status in TRANSIENT or status >= 500:
+        return TransientError(f"{status}: {message}", _retry_after(error.response.headers))
+    if FILTER_WORDS.search(words):
+        return NoAnswerError("content filter")
+    if LENGTH_WORDS.search(words):
+        return NoAnswerError("the prompt is too long for the model (--judge_max_characters)")
+    for name in ("logprobs", *INSTEAD):
+        if INSTEAD.get(name, (name,))[0] in sent and re.search(rf"(\b|_){name}\b", words):
+            return RefusedParameterError(name)
+    reason = f"{_reason(status, address)} ({status}: {message})"
+    if not answered:
+        return UserError(f"{address.flag}: {reason}")
+    if status in (401, 403, 404):
+        return RunError(f"{address.flag}: {reason}; all answers are kept, the same command goes on")
+    return NoAnswerError(reason, endpoint_is_ill=True)
+
+
+def _reason(status: int, address: ModelAddress) -> str:
+    if status in (401, 403) and not address.api_key:
+        return f"{address.place} wants a key, and {address.key_variable} is not set"
+    if status in (401, 403):
+        return f"{address.place} refuses the key in {address.key_variable}"
+    if status == 404:
+        return f"{address.place} has no model {address.model!r}, or {address.url_variable} is not its right address"
+    return f"{address.place} refuses the call for model {address.model!r}"
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the endpoint asks to wait, from a number or a date; None where it does not."""
+    value = headers.get("retry-after", "")
+    try:
+        seconds = float(value) if value[:1].isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
+    except (ValueError, TypeError):
+        return None
+    return max(0.0, seconds)

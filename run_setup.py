@@ -1,0 +1,153 @@
+"""From flags to what a run works with: checked, found, loaded; and the run's name. Knows no step of the method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache_utils import slug
+from dataset_loaders import check_dataset_name
+from embedders import TextEmbedder, check_remote_code
+from errors import UserError, check_writable, is_folder
+from experiment_config import ExperimentConfig, short_hash
+from hyde import HydeWriter, check_hyde, find_hyde_writer
+from instruction_templates import FilledTexts, read_templates
+from model_loading import find_model
+from rerankers import Reranker, check_reranker, find_reranker
+from retrieval_dataset import RetrievalDataset
+
+# Flags of which the hash takes what they stand for.
+RESOLVED_FLAGS = (
+    "dataset",
+    "embedding_model",
+    "embedding_model_revision",
+    "embedder_dtype",
+    "instruction_templates",
+    "reranker_model",
+    "reranker_dtype",
+    "reranker_max_tokens",
+    "llm_score_mode",
+    "judge_max_characters",
+    "optimize_with_gold",
+    "hyde_model",
+    "hyde_samples",
+    "computation_types",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run works with, all of it checked; the models are not loaded yet.
+
+    Attributes:
+        reranker: the teacher; None where no variant is refined.
+        hyde: writes hypothetical documents; None where no variant starts from them.
+    """
+
+    config: ExperimentConfig
+    dataset: RetrievalDataset
+    texts: FilledTexts
+    embedder: TextEmbedder
+    reranker: Reranker | None
+    hyde: HydeWriter | None
+
+    @property
+    def teacher(self) -> dict[str, Any]:
+        """The teacher as results name it."""
+        if self.reranker is None:
+            return {"name": "none", "score_mode": None}
+        return {"name": self.reranker.name, "score_mode": self.reranker.score_mode}
+
+
+def check_inputs(config: ExperimentConfig) -> dict[str, Any]:
+    """Check what embedding needs, before anything is loaded; returns the templates and prompts.
+
+    Raises:
+        UserError: the dataset's name, the cache's place or the template file is wrong.
+    """
+    check_dataset_name(config.dataset)
+    if not is_folder(config.cache_dir):  # a full cache may be read-only
+        check_writable("--cache_dir", Path(config.cache_dir))
+    return read_templates(config.instruction_templates)
+
+
+def check_teachers(config: ExperimentConfig) -> None:
+    """Say at once, without loading or asking anything, when the teacher or the writer of passages cannot be had.
+
+    Raises:
+        UserError: naming the flag or the environment variable, one line each.
+    """
+    problems = []
+    for check in (check_reranker, check_hyde):
+        try:
+            check(config)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def prepare(
+    config: ExperimentConfig, device: str, prompts: dict[str, Any], dataset: RetrievalDataset, texts: FilledTexts
+) -> Run:
+    """Find what the flags name; nothing is loaded yet."""
+    return Run(
+        config,
+        dataset,
+        texts,
+        make_embedder(config, device),
+        find_reranker(config, device, prompts, dataset) if config.needs_teacher else None,
+        find_hyde_writer(config, prompts, dataset) if config.needs_hyde else None,
+    )
+
+
+def load_models(this: Run) -> None:
+    """Load and ask now what this run is going to need, so that what is wrong is told before any work.
+
+    A run whose vectors are all cached, with a teacher that has worked before, may need no model at all.
+    """
+    must_embed = this.embedder.must_embed(this.texts)
+    if this.hyde and not this.hyde.is_complete(this.dataset):
+        this.hyde.load(this.dataset)
+        must_embed = True
+    if this.reranker and (must_embed or not this.reranker.has_worked()):
+        this.reranker.load(this.dataset)
+    if must_embed:
+        this.embedder.load()
+
+
+def make_embedder(config: ExperimentConfig, device: str) -> TextEmbedder:
+    """The embedding model that the flags name, not loaded yet."""
+    check_remote_code(config.embedding_model, config.trust_remote_code)
+    return TextEmbedder(
+        source=find_model(config.embedding_model, config.embedding_model_revision),
+        cache_dir=config.cache_dir,
+        device=device,
+        dtype=config.embedder_dtype,
+        batch_size=config.embedder_batch_size,
+        max_tokens=config.embedder_max_tokens,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def run_hash(this: Run) -> str:
+    """Hash over all that changes a figure.
+
+    What a flag stands for counts, not how it is written: the content of the dataset, the identities of the models, the
+    templates that this run uses.
+    """
+    flags = {name: value for name, value in this.config.result_flags().items() if name not in RESOLVED_FLAGS}
+    templates = {name: value for name, value in this.texts.templates.as_dict().items() if name != "entry"}
+    teacher = this.reranker and this.reranker.identity
+    hyde = this.hyde and this.hyde.identity
+    return short_hash(
+        [flags, this.config.variants, this.dataset.fingerprint, this.embedder.setup, templates, teacher, hyde]
+    )
+
+
+def default_name(config: ExperimentConfig, digest: str) -> str:
+    """``<dataset>_<model>_<hash>``: the same experiment gives the same folder."""
+    model = config.embedding_model.rstrip("/").rsplit("/", 1)[-1]
+    dataset = Path(config.dataset).resolve().name if is_folder(config.dataset) else config.dataset
+    return f"{slug(dataset)}_{slug(model)}_{digest}"

@@ -1,0 +1,87 @@
+"""The (query, document) pairs a teacher is to score: each once, from the cache where it is there. Knows no teacher."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from cache_utils import RecordCache
+from errors import RunError
+from llm_client import too_many_failures
+from retrieval_dataset import RetrievalDataset
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SampledPairs:
+    """The pairs of a sample, by the key of their record.
+
+    Attributes:
+        dataset: whose queries and documents.
+        places: int64 [P, 2], rows and columns of the sample that hold a document.
+        keys: P keys; pairs of equal texts have the same.
+        first: key to (query, document), indices of the first such pair.
+    """
+
+    dataset: RetrievalDataset
+    sampled: np.ndarray
+    places: np.ndarray
+    keys: list[str]
+    first: dict[str, tuple[int, int]]
+
+    def missing(self, cache: RecordCache) -> dict[str, tuple[int, int]]:
+        """The pairs that have no score yet: key to (query, document)."""
+        return {key: pair for key, pair in self.first.items() if key not in cache}
+
+    def scores(self, cache: RecordCache) -> np.ndarray:
+        """float32 [Q, K] from the cache; NaN where it has none."""
+        scores = np.full(self.sampled.shape, math.nan, dtype=np.float32)
+        values = [cache[key].value if key in cache else math.nan for key in self.keys]
+        scores[self.places[:, 0], self.places[:, 1]] = values
+        return scores
+
+    def check_failures(self, failures: Mapping[str, str], most: float) -> None:
+        """List the pairs without a score in the log.
+
+        Args:
+            failures: key to reason.
+            most: share of the pairs that may fail.
+
+        Raises:
+            RunError: more failed.
+        """
+        ids, queries = self.dataset.document_ids, self.dataset.query_ids
+        by_reason = collections.defaultdict(list)
+        for key, reason in failures.items():
+            query, document = self.first[key]
+            by_reason[reason].append(f"{queries[query]}/{ids[document]}")
+        for reason, pairs in by_reason.items():
+            logger.warning("no score for %d pairs (%s), query/document: %s", len(pairs), reason, ", ".join(pairs))
+        if len(failures) > most * len(self.first):
+            raise RunError(too_many_failures(failures, len(self.first)))
+
+
+def sampled_pairs(
+    dataset: RetrievalDataset, sampled: np.ndarray, key_of: Callable[[int, int], str]
+) -> SampledPairs:
+    """Collect the pairs of a sample.
+
+    Args:
+        dataset: whose queries and documents.
+        sampled: int64 [Q, K], document indices; -1 for none.
+        key_of: from (query, document), indices, to the key of the pair's record.
+    """
+    places = np.argwhere(sampled >= 0)
+    pairs = [(int(query), int(sampled[query, column])) for query, column in places]
+    known: dict[tuple[int, int], str] = {}
+    keys = [known.get(pair) or known.setdefault(pair, key_of(*pair)) for pair in pairs]
+    first: dict[str, tuple[int, int]] = {}
+    for key, pair in zip(keys, pairs, strict=True):
+        first.setdefault(key, pair)
+    return SampledPairs(dataset, sampled, places, keys, first)
