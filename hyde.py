@@ -9,7 +9,7 @@ from typing import Any
 from cache_utils import RecordCache, record_key
 from experiment_config import ExperimentConfig
 from instruction_templates import HydePrompt, hyde_prompt
-from llm_client import LanguageModel, Question, language_model
+from llm_client import LanguageModel, Question, from_anywhere, language_model
 from llm_services import UnreadableAnswerError, find_model_address, model_parameters, without_thoughts
 from retrieval_dataset import RetrievalDataset
 
@@ -62,8 +62,8 @@ class HydeWriter:
         """
         missing = self._missing(dataset)
         if missing:
-            key = next(iter(missing))
-            self._ask(dataset, {key: missing[key]}, "first passage")
+            key, query = from_anywhere(missing.items())[0]
+            self._ask(dataset, {key: query}, "first passage")
 
     def is_complete(self, dataset: RetrievalDataset) -> bool:
         """Whether every passage is there already."""
@@ -101,7 +101,7 @@ class HydeWriter:
 
     def _ask(self, dataset: RetrievalDataset, missing: dict[str, int], description: str) -> dict[str, str]:
         def questions() -> Iterator[Question]:
-            for key, query in missing.items():
+            for key, query in from_anywhere(missing.items()):
                 about = {"dataset": dataset.name, "query": dataset.query_ids[query]}
                 yield Question(key, self._messages(dataset.queries[query]), about)
 

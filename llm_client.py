@@ -188,6 +188,16 @@ def language_model(flag: str, name: str, config: ExperimentConfig) -> LanguageMo
     return LanguageModel(address, config.llm_concurrency, config.llm_timeout, config.llm_max_retries)
 
 
+def from_anywhere(items: Iterable[Any]) -> list[Any]:
+    """The items in their order, from a random one on and around.
+
+    Processes that ask the same questions at once so start at different ones, and pass over those of the others.
+    """
+    items = list(items)
+    start = random.SystemRandom().randrange(len(items)) if items else 0
+    return items[start:] + items[:start]
+
+
 # --- Asking ----------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +276,9 @@ class _Work:
         for question in self.questions:
             if self.stopped.done():
                 return
-            if not self.is_known_by_now(question.key):
+            if self.is_known_by_now(question.key):
+                self.model.usage.count_cached(self.cache[question.key].tokens)
+            else:
                 try:
                     value, tokens = await self.ask(question)
                 except NoAnswerError as error:

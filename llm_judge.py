@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -19,7 +18,7 @@ import numpy as np
 from cache_utils import RecordCache, record_key
 from errors import RunError, UserError
 from instruction_templates import JudgePrompts
-from llm_client import LanguageModel, Question
+from llm_client import LanguageModel, Question, from_anywhere
 from llm_services import (
     NoAnswerError,
     NoLogprobsError,
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 YES_OR_NO = re.compile(r"[\s_Ġ▁Ċ\W]*(yes|no)[\s_\W]*", re.I)
 LEAST_MASS = 1e-4  # of yes and no together; below it the model did not answer
 FIRST_TOKENS = 2
-NUMBER = re.compile(r"\s*(\d{1,3}(?:\.\d+)?)\s*(?:/\s*100|%)?\s*\.?\s*")
+NUMBER = re.compile(r"\s*([0-9]{1,3}(?:\.[0-9]+)?)\s*(?:/\s*100|%)?\s*\.?\s*")
 PARAMETERS = {
     "yes_no": {"temperature": 0.0, "max_tokens": FIRST_TOKENS, "logprobs": True, "top_logprobs": 20},
     # reasoning models think at the cost of this limit before they answer
@@ -141,8 +140,8 @@ class LLMJudge:
         """
         # A relevant document is likely to be among the sampled ones, so the answer is likely to be needed.
         rows, columns = dataset.relevance.nonzero()
-        pairs = ((int(query), int(document)) for query, document in zip(rows, columns, strict=True))
-        self._scout(dataset, pairs)
+        pairs = zip(rows.tolist(), columns.tolist(), strict=True)
+        self._scout(dataset, from_anywhere(pairs))
 
     def _modes(self) -> list[str]:
         return [self.score_mode] if self.score_mode else list(PARAMETERS)
@@ -230,10 +229,7 @@ class LLMJudge:
         """Ask about pairs by key; returns the reasons of those that have no score."""
 
         def questions() -> Iterator[Question]:
-            # Processes that ask the same questions at once start at different ones, and skip those of the others.
-            items = list(pairs.items())
-            start = random.SystemRandom().randrange(len(items))
-            for key, (query, document) in items[start:] + items[:start]:
+            for key, (query, document) in from_anywhere(pairs.items()):
                 about = {"dataset": dataset.name, "query": dataset.query_ids[query]}
                 about["document"] = dataset.document_ids[document]
                 yield Question(key, self._messages(dataset, mode, query, document), about)

@@ -198,8 +198,9 @@ class CrossEncoderModel:
             trust_remote_code=reranker.trust_remote_code,
             model_kwargs={"dtype": getattr(torch, reranker.dtype)},
         )
-        self._limit = min(self._model.max_length or reranker.max_tokens, reranker.max_tokens)
-        self._model.max_length = self._limit
+        positions = getattr(self._model.config, "max_position_embeddings", None)
+        self._limit = min(self._model.max_seq_length or positions or reranker.max_tokens, reranker.max_tokens)
+        self._model.max_seq_length = self._limit
 
     def check(self) -> None:
         """Refuse what is no sequence classifier with one score a pair.

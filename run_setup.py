@@ -108,10 +108,10 @@ def load_models(this: Run) -> None:
     A run whose vectors are all cached, with a teacher that has worked before, may need no model at all.
     """
     must_embed = this.embedder.must_embed(this.texts)
-    if this.hyde and not this.hyde.is_complete(this.dataset):
+    must_write = this.hyde is not None and not this.hyde.is_complete(this.dataset)
+    if must_write:
         this.hyde.load(this.dataset)
-        must_embed = True
-    if this.reranker and (must_embed or not this.reranker.has_worked()):
+    if this.reranker and (must_embed or must_write or not this.reranker.has_worked()):
         this.reranker.load(this.dataset)
     if must_embed:
         this.embedder.load()

@@ -1,12 +1,15 @@
 """Fixtures: real data where it lies, tiny models made here, and the scripts run as a user runs them."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
+from llm_endpoint import KEY, digest_of, share
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -14,6 +17,8 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and none may wait for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for variable in ("BASE_URL", "API_KEY", "OPENAI_BASE_URL", "OPENAI_API_KEY"):  # no test may spend a developer's money
+    os.environ.pop(variable, None)
 
 
 def run_script(script, *arguments, cwd=ROOT, check=True, **options):
@@ -85,3 +90,43 @@ def small_folder(tmp_path):
     queries = {f"q{j}": f"{WORDS[j]} {WORDS[j + 3]}" for j in range(6)}
     qrels = [(f"q{j}", f"d{i}", 1) for j in range(6) for i in range(j, 60, 12)]
     return write_folder_dataset(tmp_path / "small", documents, queries, qrels)
+
+
+class RunningEndpoint:
+    """A local OpenAI-compatible endpoint in a process of its own; see llm_endpoint.py for what it can be told to do."""
+
+    def __init__(self, *options):
+        command = [sys.executable, str(ROOT / "tests" / "llm_endpoint.py"), *map(str, options)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.filtered = dict(itertools.pairwise(command)).get("--filtered", "0")
+        self.url = f"http://127.0.0.1:{int(self.process.stdout.readline())}"
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+    def stats(self):
+        with urllib.request.urlopen(f"{self.url}/stats") as response:
+            return json.load(response)
+
+    def is_filtered(self, messages):
+        """Whether the content filter refuses this prompt."""
+        return share(digest_of(messages)) < float(self.filtered)
+
+    def environment(self, **more):
+        return {**os.environ, "BASE_URL": self.url, "API_KEY": KEY, **more}
+
+
+@pytest.fixture
+def endpoint():
+    """Start endpoints with the given options: ``endpoint("--latency", 0.1)``; they end with the test."""
+    started = []
+
+    def start(*options):
+        started.append(RunningEndpoint(*options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()

@@ -119,6 +119,9 @@ class Endpoint:
         if kind == "cut":
             writer.write(b"HTTP/1.1 200 X\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{\"id\": ")
             return False
+        if kind == "page":
+            writer.write(b"HTTP/1.1 200 X\r\ncontent-type: text/html\r\ncontent-length: 13\r\n\r\n<html></html>")
+            return True
         headers = {"retry_after": self.options.retry_after} if kind == "429" else {}
         self.send(writer, int(kind), {"error": {"message": f"fault {kind}"}}, **headers)
         return True
