@@ -3,10 +3,10 @@ PYTHON ?= python3
 DATA_DIR ?= data
 BIN := .venv/bin
 
-.PHONY: help install demo test lint benchmark clean
+.PHONY: help install demo test test-gateway lint benchmark clean
 
 help:  ## list what there is
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
 
 install: .venv/.run  ## make .venv with what the scripts need
 
@@ -29,6 +29,14 @@ demo: .venv/.run  ## the main job on the Demo dataset: real model, gold teacher,
 test: .venv/.dev  ## the test suite
 	$(BIN)/python -m pytest
 
+test-gateway: .venv/.dev .venv-gateway/.done  ## a run through a real LiteLLM proxy on this machine (installs it)
+	GATEWAY_BIN=.venv-gateway/bin $(BIN)/python -m pytest -s tests/gateway_check.py
+
+.venv-gateway/.done:
+	$(PYTHON) -m venv .venv-gateway
+	.venv-gateway/bin/python -m pip install --quiet --disable-pip-version-check 'litellm[proxy]==1.106.2'
+	@touch $@
+
 lint: .venv/.dev  ## ruff, with the rules of pyproject.toml
 	$(BIN)/python -m ruff check .
 
@@ -39,5 +47,5 @@ benchmark: .venv/.dev  ## the numbers of the README; DATA_DIR=folder where the d
 		$(BIN)/python benchmarks/second_run.py --data_dir $(DATA_DIR) --dataset $$dataset || exit 1; done
 	$(BIN)/python benchmarks/large_corpus.py
 
-clean:  ## remove .venv; vectors in cache/ and results in output/ stay
-	rm -rf .venv
+clean:  ## remove the virtual environments; vectors, scores and passages in cache/ and results in output/ stay
+	rm -rf .venv .venv-gateway

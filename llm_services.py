@@ -20,6 +20,7 @@ OFFICIAL_URL = "https://api.openai.com/v1"
 SERVICES = {"LiteLLM": ("BASE_URL", "API_KEY"), "OpenAI": ("OPENAI_BASE_URL", "OPENAI_API_KEY")}
 TRANSIENT = (408, 409, 429)  # and every 5xx
 FILTER_WORDS = re.compile(r"content[ _]?(filter|policy|management policy)", re.I)
+KEY_WORDS = re.compile(r"api[ _]key|authentication|no connected db", re.I)  # some say 400 where they mean 401
 LENGTH_WORDS = re.compile(r"context[ _]?(length|window)|maximum context|too many tokens", re.I)
 THOUGHTS = re.compile(r"^\s*<think>.*?</think>", re.S)
 # What to do when a model does not take a parameter: the name in the complaint, what was sent, what to send instead.
@@ -217,18 +218,19 @@ def _refusal(error: Any, address: ModelAddress, sent: Collection[str], answered:
     for name in ("logprobs", *INSTEAD):
         if INSTEAD.get(name, (name,))[0] in sent and re.search(rf"(\b|_){name}\b", words):
             return RefusedParameterError(name)
-    reason = f"{_reason(status, address)} ({status}: {message})"
+    about_key = status in (401, 403) or (status == 400 and KEY_WORDS.search(words) is not None)
+    reason = f"{_reason(status, about_key, address)} ({status}: {message})"
     if not answered:
         return UserError(f"{address.flag}: {reason}")
-    if status in (401, 403, 404):
+    if about_key or status == 404:
         return RunError(f"{address.flag}: {reason}; all answers are kept, the same command goes on")
     return NoAnswerError(reason, endpoint_is_ill=True)
 
 
-def _reason(status: int, address: ModelAddress) -> str:
-    if status in (401, 403) and not address.api_key:
+def _reason(status: int, about_key: bool, address: ModelAddress) -> str:
+    if about_key and not address.api_key:
         return f"{address.place} wants a key, and {address.key_variable} is not set"
-    if status in (401, 403):
+    if about_key:
         return f"{address.place} refuses the key in {address.key_variable}"
     if status == 404:
         return f"{address.place} has no model {address.model!r}, or {address.url_variable} is not its right address"

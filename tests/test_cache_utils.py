@@ -1,4 +1,4 @@
-"""The vector cache: what is put in comes out, whoever else writes, dies or breaks a file meanwhile."""
+"""The caches: what is put in comes out, whoever else writes, dies or breaks a file meanwhile."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from cache_utils import SHARD_BYTES, VectorCache, text_keys
+from cache_utils import SHARD_BYTES, RecordCache, VectorCache, record_key, text_keys
 
 SETUP = {"model": "org/name", "dtype": "float32"}
 
@@ -159,3 +159,131 @@ def test_a_kill_leaves_whole_shards_only(tmp_path):
         there = cache.contains(keys)
         assert len(cache) % 40 == 0
         assert not there.any() or np.array_equal(cache.load(keys[there]), vectors[there])
+
+
+# --- Records ---
+
+SCORES = {"kind": "score", "model": "judge", "mode": "yes_no"}
+
+
+def record_files(cache):
+    return sorted(cache.folder.glob("*.jsonl"))
+
+
+def test_records_come_back_and_can_be_read_by_people(tmp_path):
+    cache = RecordCache(tmp_path, SCORES)
+    cache.add("a", 0.25, (100, 1), query="q1")
+    cache.add("b", "A passage\nof two lines, with \u2028 and \ud800 in it")
+    for reader in (cache, RecordCache(tmp_path, SCORES)):
+        assert len(reader) == 2 and "a" in reader and "c" not in reader
+        assert (reader["a"].value, reader["a"].tokens) == (0.25, (100, 1))
+        assert reader["b"].value == "A passage\nof two lines, with \u2028 and \ud800 in it"
+    (file,) = record_files(cache)
+    line = json.loads(file.read_bytes().splitlines()[0])
+    assert (line["key"], line["value"], line["query"]) == ("a", 0.25, "q1")
+    assert json.loads((cache.folder / "setup.json").read_text()) == SCORES
+
+
+def test_a_record_is_in_the_file_before_its_value_is_used(tmp_path):
+    cache = RecordCache(tmp_path, SCORES)
+    for i in range(5):
+        cache.add(str(i), i / 10)
+        assert str(i) in RecordCache(tmp_path, SCORES)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "", "  \n", [0.5]])
+def test_what_is_no_result_is_never_stored(tmp_path, value):
+    cache = RecordCache(tmp_path, SCORES)
+    with pytest.raises(ValueError, match="no value to keep"):
+        cache.add("a", value)
+    assert "a" not in cache and not cache.folder.exists()
+
+
+def test_setups_and_keys_are_told_apart(tmp_path):
+    RecordCache(tmp_path, SCORES).add("a", 0.5)
+    for change in ({"mode": "verbalized"}, {"model": "judge-2"}, {"kind": "passage"}, {"parameters": {"temperature": 0}}):
+        assert "a" not in RecordCache(tmp_path, SCORES | change)
+    texts = ["a", "a ", "A", "", "\n", "ä", "\ud800"]
+    assert len({record_key([{"role": "user", "content": text}]) for text in texts}) == len(texts)
+    assert record_key(["ab", "c"]) != record_key(["a", "bc"])
+
+
+@pytest.mark.parametrize("torn", [b'{"key": "c", "val', b'{"key": "c", "value": 0.5, "time": "2', b"\xff\xfe", b'"'])
+def test_a_torn_last_line_is_passed_over(tmp_path, torn):
+    cache = RecordCache(tmp_path, SCORES)
+    cache.add("a", 0.1)
+    (file,) = record_files(cache)
+    with open(file, "ab") as end:
+        end.write(torn)
+    reader = RecordCache(tmp_path, SCORES)
+    assert len(reader) == 1 and "a" in reader
+    reader.add("c", 0.9)
+    assert len(record_files(cache)) == 2
+    assert RecordCache(tmp_path, SCORES)["c"].value == 0.9
+
+
+@pytest.mark.parametrize("line", [b"no json", b"[]", b'{"key": "x"}', b'{"value": 1}', b"", b"\x00\x00"])
+def test_a_damaged_line_costs_only_itself(tmp_path, line, caplog):
+    cache = RecordCache(tmp_path, SCORES)
+    cache.add("a", 0.1)
+    (file,) = record_files(cache)
+    good = file.read_bytes()
+    file.write_bytes(line + b"\n" + good)
+    reader = RecordCache(tmp_path, SCORES)
+    assert len(reader) == 1 and "a" in reader
+    assert "1 damaged lines" in caplog.text
+
+
+def test_a_line_that_is_still_being_written_is_read_when_it_is_whole(tmp_path):
+    cache, reader = RecordCache(tmp_path, SCORES), RecordCache(tmp_path, SCORES)
+    cache.add("a", 0.1)
+    reader.refresh()
+    line = json.dumps({"key": "b", "value": 0.2, "time": "2026", "tokens": [1, 2]}).encode() + b"\n"
+    (file,) = record_files(cache)
+    for part in (line[:9], line[9:]):
+        assert "b" not in reader
+        with open(file, "ab") as end:
+            end.write(part)
+        reader.refresh()
+    assert reader["b"].tokens == (1, 2) and len(reader) == 2
+
+
+def test_the_earlier_record_counts_for_every_reader(tmp_path):
+    first, second = RecordCache(tmp_path, SCORES), RecordCache(tmp_path, SCORES)
+    first.add("a", "the first passage")
+    second.add("a", "another passage")
+    assert second["a"].value == "another passage"  # it cannot know yet
+    second.refresh()
+    for reader in (first, second, RecordCache(tmp_path, SCORES)):
+        assert reader["a"].value == "the first passage"
+
+
+RECORD_WRITER = """
+import sys; sys.path[:0] = [{root!r}]
+from cache_utils import RecordCache
+cache = RecordCache({folder!r}, {setup!r})
+print("ready", flush=True)
+for i in range(3000):
+    cache.add(f"{{sys.argv[1]}} {{i}}", i / 3000)
+"""
+
+
+def start_record_writer(folder, name):
+    code = RECORD_WRITER.format(root=str(ROOT), folder=str(folder), setup=SCORES)
+    process = subprocess.Popen([sys.executable, "-c", code, name], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    return process
+
+
+def test_processes_keep_records_in_one_cache_at_once_and_a_kill_loses_none(tmp_path):
+    writers = [start_record_writer(tmp_path, name) for name in "abcd"]
+    time.sleep(0.03)
+    os.kill(writers[3].pid, signal.SIGKILL)
+    for process in writers:
+        process.wait()
+        process.stdout.close()
+    cache = RecordCache(tmp_path, SCORES)
+    for name in "abc":
+        assert [cache[f"{name} {i}"].value for i in range(3000)] == [i / 3000 for i in range(3000)]
+    killed = len(cache) - 9000
+    assert all(f"d {i}" in cache for i in range(killed))  # every one up to the kill
