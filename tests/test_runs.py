@@ -555,6 +555,7 @@ def test_the_readmes_library_example_runs():
         ["large_corpus.py", "--documents", "3000", "--queries", "5"],
         ["second_run.py", "--dataset", "Demo", "--repeats", "1", "--cache_dir", "{cache}"],
         ["embedding_speed.py", "--dataset", "Demo", "--texts", "40", "--batch_sizes", "8"],
+        ["teacher_calls.py", "--dataset", "Demo", "--latency", "0.001"],
     ],
 )
 def test_benchmarks_run(arguments, minilm_cache):
