@@ -40,7 +40,7 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(error.exit_status)
     except OSError as error:  # a folder that cannot be read, a full disk: the system's own words, without a traceback
         reason = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
-        kept = "finished vectors are kept, the same command goes on"
+        kept = "what was finished is kept, the same command goes on"
         print(f"error: {error.filename or 'system'}: {reason}; {kept}", file=sys.stderr)
         sys.exit(RunError.exit_status)
     except KeyboardInterrupt:

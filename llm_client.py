@@ -7,7 +7,6 @@ Knows neither what is asked nor what an answer means: the caller gives messages 
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import logging
 import random
@@ -63,6 +62,10 @@ class Question:
 
 class _StoppedError(Exception):
     """The work was stopped while this question waited for its next try."""
+
+
+class _EnoughFailuresError(Exception):
+    """So many questions have no answer that the others need not be asked."""
 
 
 @dataclass
@@ -154,7 +157,7 @@ class LanguageModel:
             parameters: of the call, beside model and messages.
             total: how many questions there are.
             description: of the progress bar, which a single question does not get.
-            most_failures: stop when more questions than this have no answer.
+            most_failures: stop early when more questions than this have no answer.
 
         Returns:
             the keys of questions without an answer, with the reason.
@@ -162,7 +165,7 @@ class LanguageModel:
         Raises:
             UserError: the endpoint cannot be reached or refuses the call, and nothing was ever answered; or the answers
                 could not be stored.
-            RunError: the endpoint is down, or more than ``most_failures`` questions failed. Answers are kept.
+            RunError: the endpoint is down. Answers are kept.
             NoLogprobsError: as ``read`` raised it, or the endpoint refuses to give log probabilities.
             KeyboardInterrupt: after Ctrl-C or SIGTERM, when the calls in flight have come back.
         """
@@ -173,6 +176,8 @@ class LanguageModel:
                 stopped_by = asyncio.run(work.run())
             finally:
                 cache.sync()
+        if isinstance(stopped_by, _EnoughFailuresError):
+            return work.failures
         if stopped_by is not None:
             raise stopped_by
         return work.failures
@@ -214,7 +219,7 @@ class _Work:
     bar: tqdm
     failures: dict[str, str] = field(default_factory=dict)
     ill_in_a_row: int = 0
-    refreshed: float = field(default_factory=time.monotonic)
+    next_refresh: float = field(default_factory=lambda: time.monotonic() + SECONDS_BETWEEN_REFRESHES)
     said: float = field(default_factory=time.monotonic)
 
     async def run(self) -> BaseException | None:
@@ -294,9 +299,11 @@ class _Work:
 
     def is_known_by_now(self, key: str) -> bool:
         """Whether another process has stored the answer meanwhile."""
-        if time.monotonic() - self.refreshed > SECONDS_BETWEEN_REFRESHES:
+        started = time.monotonic()
+        if started > self.next_refresh:
             self.cache.refresh()
-            self.refreshed = time.monotonic()
+            took = time.monotonic() - started  # a network file system with many files may be slow
+            self.next_refresh = time.monotonic() + max(SECONDS_BETWEEN_REFRESHES, 20 * took)
         return key in self.cache
 
     async def ask(self, question: Question) -> tuple[Any, tuple[int, int]]:
@@ -327,14 +334,14 @@ class _Work:
         """One try: a completion, or an exception that says what to do."""
         import openai
 
-        model, parameters = self.model, self.accepted_parameters()
+        model, parameters, refused = self.model, self.accepted_parameters(), frozenset(self.model.refused)
         try:
             async with asyncio.timeout(model.timeout):
                 completion = await self.client.chat.completions.create(
                     model=model.address.model, messages=messages, **parameters
                 )
         except (openai.OpenAIError, TimeoutError, ValueError) as error:
-            raise what_failed(error, model.address, parameters, model.usage.calls > 0) from None
+            raise what_failed(error, model.address, parameters, refused, model.usage.calls > 0) from None
         if not getattr(completion, "choices", None):
             if not model.usage.calls:
                 what = f"{model.address.place} answers, but not as an OpenAI-compatible endpoint does"
@@ -377,18 +384,15 @@ class _Work:
             kept = f"{answered} answers of this run are kept, " if answered else ""
             self.stop(RunError(f"{address.name} at {address.place} fails: {error}; {kept}the same command goes on"))
         elif too_many:
-            self.stop(RunError(too_many_failures(self.failures, self.bar.total)))
+            self.stop(_EnoughFailuresError())
 
     # --- Parameters, progress ---
 
     def accepted_parameters(self) -> dict[str, Any]:
         """The call's parameters, less what the model turned out not to take."""
         accepted = dict(self.parameters)
-        for name in self.model.refused:
-            sent, instead = INSTEAD[name]
-            value = accepted.pop(sent, None)
-            if instead and value is not None:
-                accepted[instead] = value
+        for name in self.model.refused & accepted.keys():
+            accepted |= INSTEAD[name](accepted.pop(name))
         return accepted
 
     def do_without(self, name: str) -> None:
@@ -397,7 +401,7 @@ class _Work:
             raise NoLogprobsError
         if name not in self.model.refused:
             self.model.refused.add(name)
-            logger.warning("%s does not take %s; going on without it", self.model.address.name, name)
+            logger.warning("%s does not take %s as it was sent; going on without", self.model.address.name, name)
 
     def show_progress(self) -> None:
         """Move the bar; without a terminal, say a line now and then."""
@@ -409,13 +413,3 @@ class _Work:
         if self.bar.disable and time.monotonic() - self.said > SECONDS_BETWEEN_LOG_LINES:
             self.said = time.monotonic()
             logger.info("%s: %d calls, %d failed, %s tokens", self.bar.desc, usage.calls, len(self.failures), tokens)
-
-
-def too_many_failures(failures: Mapping[str, str], total: int) -> str:
-    """The line that ends a run whose teacher fails too often."""
-    counts = collections.Counter(failures.values()).most_common(2)
-    reasons = "; ".join(f"{reason}: {count}" for reason, count in counts)
-    return (
-        f"--max_failed_scores: {len(failures)} of {total} scores cannot be had, more than allowed ({reasons}); "
-        "the others are kept; raise it, or choose another --reranker_model or --llm_score_mode, and run again"
-    )

@@ -20,15 +20,18 @@ OFFICIAL_URL = "https://api.openai.com/v1"
 SERVICES = {"LiteLLM": ("BASE_URL", "API_KEY"), "OpenAI": ("OPENAI_BASE_URL", "OPENAI_API_KEY")}
 TRANSIENT = (408, 409, 429)  # and every 5xx
 FILTER_WORDS = re.compile(r"content[ _]?(filter|policy|management policy)", re.I)
+QUOTA_WORDS = re.compile(r"insufficient_quota|budget", re.I)  # a 429 that waiting does not mend
 KEY_WORDS = re.compile(r"api[ _]key|authentication|no connected db", re.I)  # some say 400 where they mean 401
 LENGTH_WORDS = re.compile(r"context[ _]?(length|window)|maximum context|too many tokens", re.I)
 THOUGHTS = re.compile(r"^\s*<think>.*?</think>", re.S)
-# What to do when a model does not take a parameter: the name in the complaint, what was sent, what to send instead.
+# What to send instead of a parameter that a model does not take, or not with that value.
 INSTEAD = {
-    "temperature": ("temperature", None),
-    "max_tokens": ("max_tokens", "max_completion_tokens"),
-    "chat_template_kwargs": ("extra_body", None),
+    "top_logprobs": lambda _: {"top_logprobs": 5},  # some services stop there
+    "temperature": lambda _: {},  # reasoning models
+    "max_tokens": lambda value: {"max_completion_tokens": value},
+    "extra_body": lambda _: {},
 }
+COMPLAINTS = {"extra_body": "chat_template_kwargs"}  # what the complaint says where it is not the parameter's own name
 
 
 @dataclass(frozen=True)
@@ -180,13 +183,16 @@ class RefusedParameterError(Exception):
     """The model does not take a parameter of the call."""
 
 
-def what_failed(error: Exception, address: ModelAddress, sent: Collection[str], answered: bool) -> Exception:
+def what_failed(
+    error: Exception, address: ModelAddress, sent: Collection[str], refused: Collection[str], answered: bool
+) -> Exception:
     """What an error of a call means: one of this room's exceptions, or one that ends the work.
 
     Args:
         error: as the ``openai`` package raises it, ``TimeoutError``, or ``ValueError`` for an answer that is no JSON.
         address: where the call went.
         sent: names of the call's parameters.
+        refused: those for which something else was sent already.
         answered: whether any call was ever answered: then a refusal is not a mistake in what the user gave.
     """
     import openai
@@ -194,7 +200,7 @@ def what_failed(error: Exception, address: ModelAddress, sent: Collection[str], 
     if isinstance(error, UnicodeEncodeError):
         return NoAnswerError("the text is no valid Unicode")
     if isinstance(error, openai.APIStatusError):
-        return _refusal(error, address, sent, answered)
+        return _refusal(error, address, [name for name in sent if name not in refused], answered)
     if isinstance(error, TimeoutError | openai.APITimeoutError):
         return TransientError("no answer in time (--llm_timeout)")
     if isinstance(error, openai.APIConnectionError):
@@ -209,20 +215,20 @@ def _refusal(error: Any, address: ModelAddress, sent: Collection[str], answered:
     status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
     message = address.clean(str(body.get("message") or body.get("detail") or error.message))
     words = f"{body.get('code') or ''} {body.get('param') or ''} {message}"
-    if status in TRANSIENT or status >= 500:
+    if (status in TRANSIENT or status >= 500) and not QUOTA_WORDS.search(words):
         return TransientError(f"{status}: {message}", _retry_after(error.response.headers))
     if FILTER_WORDS.search(words):
         return NoAnswerError("content filter")
     if LENGTH_WORDS.search(words):
         return NoAnswerError("the prompt is too long for the model (--judge_max_characters)")
-    for name in ("logprobs", *INSTEAD):
-        if INSTEAD.get(name, (name,))[0] in sent and re.search(rf"(\b|_){name}\b", words):
+    for name in (*INSTEAD, "logprobs"):
+        if name in sent and re.search(rf"(\b|_){COMPLAINTS.get(name, name)}\b", words):
             return RefusedParameterError(name)
     about_key = status in (401, 403) or (status == 400 and KEY_WORDS.search(words) is not None)
     reason = f"{_reason(status, about_key, address)} ({status}: {message})"
     if not answered:
         return UserError(f"{address.flag}: {reason}")
-    if about_key or status == 404:
+    if about_key or status == 404 or QUOTA_WORDS.search(words):
         return RunError(f"{address.flag}: {reason}; all answers are kept, the same command goes on")
     return NoAnswerError(reason, endpoint_is_ill=True)
 

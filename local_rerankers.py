@@ -25,18 +25,25 @@ from sampled_pairs import SampledPairs, sampled_pairs
 
 logger = logging.getLogger(__name__)
 FLAG = "--reranker_model"
+TOKENISED_AT_ONCE = 1024  # token ids of long documents take a lot of memory
 Pair = tuple[str, str]  # query, document
 
 
 class PairModel(Protocol):
-    """A loaded model that scores pairs of texts."""
+    """A loaded model that scores pairs of texts.
+
+    Attributes:
+        limit: tokens a pair may have; longer ones are cut.
+    """
+
+    limit: int
 
     def to(self, device: str) -> None:
         """Move to a device."""
         ...
 
-    def lengths(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, int]:
-        """Tokens of each pair before cutting, int64 [n]; and how many a pair may have."""
+    def lengths(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """Tokens of each pair before cutting, int64 [n]."""
         ...
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
@@ -133,9 +140,10 @@ class LocalReranker:
         dataset, failures = pairs.dataset, {}
         keys = list(missing)
         texts = [(dataset.queries[query], dataset.documents[document]) for query, document in missing.values()]
-        lengths, limit = self._model.lengths(texts)
-        if cut := int((lengths > limit).sum()):
-            logger.warning("%d of %d pairs are cut to %d tokens for %s", cut, len(texts), limit, self.name)
+        parts = (texts[start : start + TOKENISED_AT_ONCE] for start in range(0, len(texts), TOKENISED_AT_ONCE))
+        lengths = np.concatenate([self._model.lengths(part) for part in parts])
+        if cut := int((lengths > self._model.limit).sum()):
+            logger.warning("%d of %d pairs are cut to %d tokens for %s", cut, len(texts), self._model.limit, self.name)
         order = np.argsort(-lengths, kind="stable")
         done = 0
         with tqdm(total=len(order), unit="pair", desc="teacher", disable=None) as bar:
@@ -199,8 +207,8 @@ class CrossEncoderModel:
             model_kwargs={"dtype": getattr(torch, reranker.dtype)},
         )
         positions = getattr(self._model.config, "max_position_embeddings", None)
-        self._limit = min(self._model.max_seq_length or positions or reranker.max_tokens, reranker.max_tokens)
-        self._model.max_seq_length = self._limit
+        self.limit = min(self._model.max_seq_length or positions or reranker.max_tokens, reranker.max_tokens)
+        self._model.max_seq_length = self.limit
 
     def check(self) -> None:
         """Refuse what is no sequence classifier with one score a pair.
@@ -219,11 +227,11 @@ class CrossEncoderModel:
         """See :class:`PairModel`."""
         self._model.to(device)
 
-    def lengths(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, int]:
+    def lengths(self, pairs: Sequence[Pair]) -> np.ndarray:
         """See :class:`PairModel`."""
         queries, documents = zip(*pairs, strict=True)
         encoded = self._model.tokenizer(list(queries), list(documents), truncation=False, padding=False, verbose=False)
-        return np.array([len(ids) for ids in encoded["input_ids"]]), self._limit
+        return np.array([len(ids) for ids in encoded["input_ids"]])
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """See :class:`PairModel`."""
@@ -246,7 +254,7 @@ class CausalModel:
             source.location, dtype=getattr(torch, reranker.dtype), **common
         ).eval()
         own_limit = getattr(self._model.config, "max_position_embeddings", None) or reranker.max_tokens
-        self._limit = min(own_limit, reranker.max_tokens)
+        self.limit = min(own_limit, reranker.max_tokens)
         first = self._tokenizer("x")["input_ids"][:1]
         self._start = first if first == [self._tokenizer.bos_token_id] else []
 
@@ -281,9 +289,9 @@ class CausalModel:
         """See :class:`PairModel`."""
         self._model.to(device)
 
-    def lengths(self, pairs: Sequence[Pair]) -> tuple[np.ndarray, int]:
+    def lengths(self, pairs: Sequence[Pair]) -> np.ndarray:
         """See :class:`PairModel`."""
-        return np.array([len(ids) for ids in self._encode(self.prompt.fill(*pair) for pair in pairs)]), self._limit
+        return np.array([len(ids) for ids in self._encode(self.prompt.fill(*pair) for pair in pairs)])
 
     def _encode(self, prompts: Any) -> list[list[int]]:
         # No special tokens at the end: the answer would come after them.
@@ -298,10 +306,10 @@ class CausalModel:
         """
         ids = self._encode([self.prompt.fill(query, document)])[0]
         words = self._tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        while len(ids) > self._limit:
+        while len(ids) > self.limit:
             if not words:
-                raise RunError(f"the query {query[:60]!r}… is longer than --reranker_max_tokens ({self._limit})")
-            words = words[: -(len(ids) - self._limit)] if len(ids) - self._limit < len(words) else []
+                raise RunError(f"the query {query[:60]!r}… is longer than --reranker_max_tokens ({self.limit})")
+            words = words[: -(len(ids) - self.limit)] if len(ids) - self.limit < len(words) else []
             ids = self._encode([self.prompt.fill(query, self._tokenizer.decode(words))])[0]
         return ids
 

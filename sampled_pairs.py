@@ -12,7 +12,6 @@ import numpy as np
 
 from cache_utils import RecordCache
 from errors import RunError
-from llm_client import too_many_failures
 from retrieval_dataset import RetrievalDataset
 
 logger = logging.getLogger(__name__)
@@ -64,7 +63,12 @@ class SampledPairs:
         for reason, pairs in by_reason.items():
             logger.warning("no score for %d pairs (%s), query/document: %s", len(pairs), reason, ", ".join(pairs))
         if len(failures) > most * len(self.first):
-            raise RunError(too_many_failures(failures, len(self.first)))
+            reasons = "; ".join(f"{reason}: {len(pairs)}" for reason, pairs in by_reason.items())
+            raise RunError(
+                f"--max_failed_scores: {len(failures)} of {len(self.first)} scores cannot be had, more than allowed "
+                f"({reasons}); the others are kept; raise it, or choose another --reranker_model or --llm_score_mode, "
+                "and run again"
+            )
 
 
 def sampled_pairs(

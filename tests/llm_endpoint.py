@@ -96,6 +96,10 @@ class Endpoint:
                 message = f"Unsupported parameter: {parameter!r} is not supported with this model."
                 self.send(writer, 400, {"error": {"message": message, "param": parameter}})
                 return True
+        if body.get("top_logprobs", 0) > options.most_top_logprobs:
+            message = f"Invalid value: 'top_logprobs' must be at most {options.most_top_logprobs}."
+            self.send(writer, 400, {"error": {"message": message}})
+            return True
         digest = digest_of(body)
         if self.stats["successes"] >= options.dies_after or self.random.random() < options.faults:
             return self.fail(writer, self.random.choice(options.kinds))
@@ -123,7 +127,7 @@ class Endpoint:
             writer.write(b"HTTP/1.1 200 X\r\ncontent-type: text/html\r\ncontent-length: 13\r\n\r\n<html></html>")
             return True
         headers = {"retry_after": self.options.retry_after} if kind == "429" else {}
-        self.send(writer, int(kind), {"error": {"message": f"fault {kind}"}}, **headers)
+        self.send(writer, int(kind), {"error": {"message": self.options.message or f"fault {kind}"}}, **headers)
         return True
 
     def complete(self, body, digest):
@@ -156,9 +160,11 @@ def parse_options():
     parser.add_argument("--faults", type=float, default=0.0, help="share of requests that fail")
     parser.add_argument("--kinds", nargs="+", default=list(FAULTS), help="how they fail")
     parser.add_argument("--retry_after", default="0.05")
+    parser.add_argument("--message", help="what failing requests say")
     parser.add_argument("--filtered", type=float, default=0.0, help="share of prompts that the content filter refuses")
     parser.add_argument("--unreadable", type=float, default=0.0, help="share of prompts whose number is none")
     parser.add_argument("--logprobs", type=int, default=1)
+    parser.add_argument("--most_top_logprobs", type=int, default=20)
     parser.add_argument("--refuse", nargs="*", default=[], help="parameters that end in a 400")
     parser.add_argument("--dies_after", type=float, default=math.inf, help="answers after which every request fails")
     parser.add_argument("--key", default=KEY)

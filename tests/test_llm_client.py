@@ -168,9 +168,16 @@ def test_filtered_prompts_have_no_value_and_are_asked_once(endpoint, monkeypatch
 
 def test_too_many_failures_end_the_work(endpoint, monkeypatch, cache):
     server = endpoint("--filtered", 0.9)
-    with pytest.raises(RunError, match=r"--max_failed_scores: \d+ of 300 scores .* \(content filter: \d+\)"):
-        ask(model_at(server, monkeypatch, concurrency=4), cache, 300, most_failures=3)
+    _, failures = ask(model_at(server, monkeypatch, concurrency=4), cache, 300, most_failures=3)
+    assert len(failures) > 3 and set(failures.values()) == {"content filter"}
     assert server.stats()["requests"] < 30
+
+
+def test_a_spent_budget_is_not_waited_for(endpoint, monkeypatch, cache):
+    server = endpoint("--faults", 1, "--kinds", "429", "--message", "You exceeded your budget")
+    with pytest.raises(UserError, match="429: You exceeded your budget"):
+        ask(model_at(server, monkeypatch), cache, 5)
+    assert server.stats()["requests"] <= 5
 
 
 def test_unreadable_answers_are_asked_for_again_and_then_given_up(endpoint, monkeypatch, cache):
@@ -189,7 +196,14 @@ def test_parameters_a_model_does_not_take_are_left_out(endpoint, monkeypatch, ca
     assert len(caplog.records) == 2  # said once each
 
 
-@pytest.mark.parametrize("options", [["--refuse", "logprobs"], ["--logprobs", 0]])
+def test_a_service_with_fewer_logprobs_gives_those_it_has(endpoint, monkeypatch, cache):
+    server = endpoint("--most_top_logprobs", 5)
+    values, failures = ask(model_at(server, monkeypatch), cache, 30)
+    assert len(values) == 30 and not failures
+    assert server.stats()["last_body"]["top_logprobs"] == 5
+
+
+@pytest.mark.parametrize("options", [["--refuse", "logprobs"], ["--refuse", "top_logprobs", "logprobs"], ["--logprobs", 0]])
 def test_an_endpoint_without_logprobs_is_told_apart(endpoint, monkeypatch, cache, options):
     with pytest.raises(NoLogprobsError):
         ask(model_at(endpoint(*options), monkeypatch), cache, 5)
