@@ -277,8 +277,8 @@ def summarise(
             "passages": sum(map(len, passages)),
             "queries_without_passage": fallen_back,
         }
-    models = {"teacher": getattr(this.reranker, "model", None), "hyde": getattr(this.hyde, "model", None)}
-    usage = {role: model.usage.as_dict(this.config.prices) for role, model in models.items() if model}
+    usages = {"teacher": this.reranker and this.reranker.usage, "hyde": this.hyde and this.hyde.model.usage}
+    usage = {role: own.as_dict(this.config.prices) for role, own in usages.items() if own}
     if usage:
         summary["language_models"] = usage
     if usage and this.config.prices:

@@ -10,7 +10,7 @@ from cache_utils import RecordCache, record_key
 from experiment_config import ExperimentConfig
 from instruction_templates import HydePrompt, hyde_prompt
 from llm_client import LanguageModel, Question, from_anywhere, language_model
-from llm_services import UnreadableAnswerError, find_model_address, model_parameters, without_thoughts
+from llm_services import NoAnswerError, UnreadableAnswerError, find_model_address, model_parameters, without_thoughts
 from retrieval_dataset import RetrievalDataset
 
 logger = logging.getLogger(__name__)
@@ -27,9 +27,9 @@ def read_passage(completion: Any) -> str:
     Raises:
         UnreadableAnswerError: there is none.
     """
-    passage = without_thoughts(completion.choices[0].message.content or "").strip()
+    passage = without_thoughts(completion.choices[0].message.content or "")
     if not passage:
-        raise UnreadableAnswerError(f"an empty passage within {PARAMETERS['max_tokens']} tokens")
+        raise UnreadableAnswerError(f"no passage within {PARAMETERS['max_tokens']} tokens")
     return passage
 
 
@@ -51,7 +51,6 @@ class HydeWriter:
         self.identity = {"model": self.name, "samples": samples, "prompt": prompt.as_dict()}
         about = {"service": model.address.service, "model": model.address.model}
         self._cache = RecordCache(cache_dir, {"kind": "passage", **about, "parameters": PARAMETERS})
-        self._asked: set[str] = set()
 
     def load(self, dataset: RetrievalDataset) -> None:
         """Ask for one passage of this run, so that a wrong key, address or model is told before any other work.
@@ -77,9 +76,7 @@ class HydeWriter:
         """
         self._cache.refresh()
         keys = [self._keys(query) for query in dataset.queries]
-        for key in {key for own in keys for key in own}:
-            if key in self._cache and key not in self._asked:
-                self.model.usage.count_cached(self._cache[key].tokens)
+        self.model.count_cached(self._cache, {key for own in keys for key in own})
         if missing := self._missing(dataset):
             logger.info("%s: asking for %d passages", self.name, len(missing))
             failures = self._ask(dataset, missing, "passages")
@@ -99,13 +96,13 @@ class HydeWriter:
     def _messages(self, query: str) -> list[dict[str, str]]:
         return [{"role": "user", "content": self.prompt.fill(query)}]
 
-    def _ask(self, dataset: RetrievalDataset, missing: dict[str, int], description: str) -> dict[str, str]:
+    def _ask(self, dataset: RetrievalDataset, missing: dict[str, int], description: str) -> dict[str, NoAnswerError]:
         def questions() -> Iterator[Question]:
             for key, query in from_anywhere(missing.items()):
                 about = {"dataset": dataset.name, "query": dataset.query_ids[query]}
                 yield Question(key, self._messages(dataset.queries[query]), about)
 
-        failures = self.model.answer(
+        return self.model.answer(
             questions(),
             read_passage,
             self._cache,
@@ -113,8 +110,6 @@ class HydeWriter:
             total=len(missing),
             description=description,
         )
-        self._asked |= set(missing) - set(failures)
-        return failures
 
 
 def check_hyde(config: ExperimentConfig) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import signal
 import time
@@ -36,9 +37,11 @@ from llm_services import (
 logger = logging.getLogger(__name__)
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds between tries, doubled each time
+LONGEST_RATE_DELAY = 8.0  # the limit is lifted as the others' answers come, so nobody waits long
 LONGEST_RETRY_AFTER = 600.0  # an endpoint that asks for more is as good as down
 CONNECT_RETRIES = 2  # while nothing ever answered: a wrong address is told soon
-UNREADABLE_RETRIES = 2  # each is paid for
+CONNECT_SECONDS = 10.0  # to reach the endpoint at all
+UNREADABLE_RETRIES = 1  # each is paid for, and most models repeat themselves
 MOST_DOWN = 10  # questions in a row that fail with all their tries: the endpoint is down
 SECONDS_TO_FINISH = 10.0  # for calls in flight when the work is stopped
 SECONDS_BETWEEN_REFRESHES = 2.0  # how soon an answer that another process paid for is seen
@@ -127,6 +130,7 @@ class LanguageModel:
         max_retries: more tries after the first for what may get better.
         usage: what was asked so far.
         refused: parameters that the model turned out not to take.
+        stored: keys of the answers that this object had stored.
     """
 
     address: ModelAddress
@@ -135,6 +139,13 @@ class LanguageModel:
     max_retries: int = 6
     usage: Usage = field(default_factory=Usage)
     refused: set[str] = field(default_factory=set)
+    stored: set[str] = field(default_factory=set)
+
+    def count_cached(self, cache: RecordCache, keys: Iterable[str]) -> None:
+        """Count the answers that were in the cache before this object asked anything."""
+        for key in keys:
+            if key in cache and key not in self.stored:
+                self.usage.count_cached(cache[key].tokens)
 
     def answer(
         self,
@@ -146,7 +157,7 @@ class LanguageModel:
         total: int,
         description: str,
         most_failures: int | None = None,
-    ) -> dict[str, str]:
+    ) -> dict[str, NoAnswerError]:
         """Ask the questions in one event loop; store each value as it comes.
 
         Args:
@@ -160,7 +171,7 @@ class LanguageModel:
             most_failures: stop early when more questions than this have no answer.
 
         Returns:
-            the keys of questions without an answer, with the reason.
+            the keys of questions without an answer, and why.
 
         Raises:
             UserError: the endpoint cannot be reached or refuses the call, and nothing was ever answered; or the answers
@@ -171,14 +182,12 @@ class LanguageModel:
         """
         check_writable("--cache_dir", cache.folder)
         with tqdm(total=total, unit="call", desc=description, disable=True if total == 1 else None) as bar:
-            work = _Work(self, iter(questions), read, cache, dict(parameters), most_failures, bar)
+            work = _Work(self, iter(questions), read, cache, dict(parameters), most_failures, total, description, bar)
             try:
                 stopped_by = asyncio.run(work.run())
             finally:
                 cache.sync()
-        if isinstance(stopped_by, _EnoughFailuresError):
-            return work.failures
-        if stopped_by is not None:
+        if stopped_by is not None and not isinstance(stopped_by, _EnoughFailuresError):
             raise stopped_by
         return work.failures
 
@@ -216,8 +225,13 @@ class _Work:
     cache: RecordCache
     parameters: dict[str, Any]
     most_failures: int | None
+    total: int
+    description: str
     bar: tqdm
-    failures: dict[str, str] = field(default_factory=dict)
+    client: Any = None
+    stopped: asyncio.Future[BaseException] | None = None
+    failures: dict[str, NoAnswerError] = field(default_factory=dict)
+    answers: int = 0
     ill_in_a_row: int = 0
     next_refresh: float = field(default_factory=lambda: time.monotonic() + SECONDS_BETWEEN_REFRESHES)
     said: float = field(default_factory=time.monotonic)
@@ -227,12 +241,15 @@ class _Work:
         import openai
 
         address, model = self.model.address, self.model
-        self.stopped: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+        self.stopped = asyncio.get_running_loop().create_future()
         # Retries are ours: the library's would give up on a long Retry-After and keep a wrong address waiting.
         async with openai.AsyncOpenAI(
-            base_url=address.base_url, api_key=address.api_key or "none", timeout=model.timeout, max_retries=0
+            base_url=address.base_url,
+            api_key=address.api_key or "none",
+            timeout=openai.Timeout(model.timeout, connect=min(model.timeout, CONNECT_SECONDS)),
+            max_retries=0,
         ) as self.client:
-            workers = [asyncio.create_task(self.worker()) for _ in range(min(model.concurrency, self.bar.total))]
+            workers = [asyncio.create_task(self.worker()) for _ in range(min(model.concurrency, self.total))]
             everything = asyncio.gather(*workers)
             with self.signals(workers):
                 await asyncio.wait({everything, self.stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -242,7 +259,9 @@ class _Work:
                 await asyncio.wait(workers, timeout=SECONDS_TO_FINISH)  # what is in flight is paid for
             for worker in workers:
                 worker.cancel()
-            await asyncio.gather(everything, return_exceptions=True)
+            for outcome in await asyncio.gather(*workers, return_exceptions=True):
+                if isinstance(outcome, Exception):  # a defect must not hide behind the reason for stopping
+                    raise outcome
         return self.stopped.result()
 
     @contextlib.contextmanager
@@ -294,6 +313,8 @@ class _Work:
                     return
                 else:
                     self.cache.add(question.key, value, tokens, **question.about)
+                    self.model.stored.add(question.key)
+                    self.answers += 1
                     self.ill_in_a_row = 0
             self.show_progress()
 
@@ -307,13 +328,15 @@ class _Work:
         return key in self.cache
 
     async def ask(self, question: Question) -> tuple[Any, tuple[int, int]]:
-        """One question, with its retries; returns its value and tokens."""
-        tries = unreadable = 0
+        """One question, with its retries; returns its value, and the tokens of all its answers."""
+        tries = waits = unreadable = 0
+        paid, answers_before = (0, 0), self.answers
         while True:
             try:
                 completion = await self.call(question.messages)
                 tokens = self.model.usage.count(completion)
-                return self.read(completion), tokens
+                paid = (paid[0] + tokens[0], paid[1] + tokens[1])
+                return self.value_of(completion), paid
             except UnreadableAnswerError as error:
                 unreadable += 1
                 if unreadable > UNREADABLE_RETRIES:
@@ -321,14 +344,27 @@ class _Work:
             except RefusedParameterError as error:
                 self.do_without(str(error))
             except TransientError as error:
-                if tries >= self.most_retries(error):
-                    raise self.given_up(error, tries + 1) from None
+                # While others are answered, a 429 only says that there are many of us: it costs time and no try.
+                tries += not (error.rate_limit and self.answers > answers_before)
+                answers_before = self.answers
+                if tries > self.most_retries(error):
+                    raise self.given_up(error, tries) from None
                 self.model.usage.retries += 1
-                delay = min(LONGEST_DELAY, FIRST_DELAY * 2**tries) * random.uniform(0.75, 1)
-                tries += 1
-                await asyncio.wait({self.stopped}, timeout=delay if error.seconds is None else error.seconds)
+                backoff = min(LONGEST_RATE_DELAY if error.rate_limit else LONGEST_DELAY, FIRST_DELAY * 2**waits)
+                waits += 1
+                await asyncio.wait({self.stopped}, timeout=max(backoff, error.seconds or 0) * random.uniform(1, 1.25))
             if self.stopped.done():
                 raise _StoppedError
+
+    def value_of(self, completion: Any) -> Any:
+        """What ``read`` makes of an answer; endpoints send answers of any shape."""
+        try:
+            value = self.read(completion)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UnreadableAnswerError(f"an answer of another shape ({type(error).__name__})") from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UnreadableAnswerError("a score that is no number")
+        return value
 
     async def call(self, messages: list[dict[str, str]]) -> Any:
         """One try: a completion, or an exception that says what to do."""
@@ -341,13 +377,15 @@ class _Work:
                     model=model.address.model, messages=messages, **parameters
                 )
         except (openai.OpenAIError, TimeoutError, ValueError) as error:
-            raise what_failed(error, model.address, parameters, refused, model.usage.calls > 0) from None
-        if not getattr(completion, "choices", None):
+            sent = [name for name in parameters if name not in refused]
+            raise what_failed(error, model.address, sent, model.usage.calls > 0, len(self.cache) > 0) from None
+        choices = getattr(completion, "choices", None)
+        if not choices or getattr(choices[0], "message", None) is None:
             if not model.usage.calls:
                 what = f"{model.address.place} answers, but not as an OpenAI-compatible endpoint does"
                 raise UserError(f"{model.address.flag}: {what}; check {model.address.url_variable}")
-            raise TransientError(model.address.clean(f"an answer without choices: {completion}"))
-        if completion.choices[0].finish_reason == "content_filter":
+            raise TransientError(model.address.clean(f"an answer without a message: {completion}"))
+        if choices[0].finish_reason == "content_filter":
             model.usage.count(completion)
             raise NoAnswerError("content filter")
         return completion
@@ -375,13 +413,14 @@ class _Work:
 
     def note_failure(self, question: Question, error: NoAnswerError) -> None:
         """Keep the reason; stop the work when there is no sense in going on."""
-        self.failures[question.key] = str(error)
+        self.failures[question.key] = error
         self.ill_in_a_row += error.endpoint_is_ill
         too_many = self.most_failures is not None and len(self.failures) > self.most_failures
-        down = self.ill_in_a_row >= min(MOST_DOWN, max(3, self.model.concurrency), self.bar.total)
+        # A single question that fails proves nothing, unless nothing else was ever answered.
+        down = self.ill_in_a_row >= (min(MOST_DOWN, max(3, self.model.concurrency)) if len(self.cache) else 1)
         if down or (too_many and error.endpoint_is_ill):
-            address, answered = self.model.address, self.model.usage.calls
-            kept = f"{answered} answers of this run are kept, " if answered else ""
+            kept = f"{self.answers} answers of this run are kept, " if self.answers else ""
+            address = self.model.address
             self.stop(RunError(f"{address.name} at {address.place} fails: {error}; {kept}the same command goes on"))
         elif too_many:
             self.stop(_EnoughFailuresError())
@@ -412,4 +451,5 @@ class _Work:
         self.bar.update()
         if self.bar.disable and time.monotonic() - self.said > SECONDS_BETWEEN_LOG_LINES:
             self.said = time.monotonic()
-            logger.info("%s: %d calls, %d failed, %s tokens", self.bar.desc, usage.calls, len(self.failures), tokens)
+            done = f"{self.answers} of {self.total} calls done"
+            logger.info("%s: %s, %s", self.description, done, said)

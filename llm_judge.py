@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from cache_utils import RecordCache, record_key
 from errors import RunError, UserError
 from instruction_templates import JudgePrompts
-from llm_client import LanguageModel, Question, from_anywhere
+from llm_client import LanguageModel, Question, Usage, from_anywhere
 from llm_services import (
     NoAnswerError,
     NoLogprobsError,
@@ -27,7 +27,7 @@ from llm_services import (
     without_thoughts,
 )
 from retrieval_dataset import RetrievalDataset
-from sampled_pairs import SampledPairs, sampled_pairs
+from sampled_pairs import sampled_pairs
 
 logger = logging.getLogger(__name__)
 # A token that is a yes or a no, however it is spelt: case, a space or a tokenizer's mark for it, punctuation.
@@ -40,8 +40,10 @@ PARAMETERS = {
     # reasoning models think at the cost of this limit before they answer
     "verbalized": {"temperature": 0.0, "max_tokens": 2048},
 }
+ADVICE = "raise it, or choose another --llm_score_mode or --reranker_model"
 NO_LOGPROBS = "no logprobs"
 SCOUTS = 3  # answers without log probabilities that show that the endpoint gives none
+MOST_LOOKED_AT = 1000  # pairs, for one that has no answer yet
 
 
 def yes_probability(completion: Any) -> float:
@@ -60,7 +62,7 @@ def yes_probability(completion: Any) -> float:
         raise NoLogprobsError
     for token in tokens[:FIRST_TOKENS]:
         mass = {"yes": 0.0, "no": 0.0}
-        for top in token.top_logprobs:
+        for top in token.top_logprobs or []:
             if word := YES_OR_NO.fullmatch(top.token):
                 mass[word[1].lower()] += math.exp(top.logprob)
         total = mass["yes"] + mass["no"]
@@ -118,57 +120,66 @@ class LLMJudge:
             mode: RecordCache(cache_dir, {"kind": "score", **about, "mode": mode, "parameters": parameters})
             for mode, parameters in PARAMETERS.items()
         }
-        self._facts = RecordCache(cache_dir, {"kind": "facts", **about})
+        # Two addresses may serve one model differently.
+        self._facts = RecordCache(cache_dir, {"kind": "facts", **about, "address": model.address.place})
+        self._heard = False  # an answer that could be read
         self.score_mode: str | None = None if score_mode == "auto" else score_mode
-        self._fixed = score_mode != "auto"
-        self._asked: set[str] = set()
         if self.score_mode is None and NO_LOGPROBS in self._facts:
             self._fall_back(f"was found to give none (said by {self._facts.folder})")
+
+    @property
+    def usage(self) -> Usage:
+        """See :class:`rerankers.Reranker`."""
+        return self.model.usage
 
     # --- Before the run ---
 
     def has_worked(self) -> bool:
         """Whether this judge ever answered: then its endpoint need not be asked ahead of time."""
-        return any(len(self._caches[mode]) for mode in self._modes())
+        modes = [self.score_mode] if self.score_mode else list(PARAMETERS)
+        return any(len(self._caches[mode]) for mode in modes)
 
     def load(self, dataset: RetrievalDataset) -> None:
-        """Ask one question of this run, so that a wrong key, address or model is told before any other work.
+        """Ask a question of this run, so that a wrong key, address or model is told before any other work.
+
+        Where it gets no answer, two more are asked; so it also shows whether the endpoint gives log probabilities.
 
         Raises:
-            UserError: the endpoint cannot be reached or refuses the call.
+            UserError: the endpoint cannot be reached, refuses the call, or cannot score as ``score_mode`` says.
             RunError: it is down.
         """
-        # A relevant document is likely to be among the sampled ones, so the answer is likely to be needed.
+        mode, cache = self.score_mode or "yes_no", self._caches[self.score_mode or "yes_no"]
+        # A relevant document is likely to be among the sampled ones, so that the answer is needed anyway.
         rows, columns = dataset.relevance.nonzero()
-        pairs = zip(rows.tolist(), columns.tolist(), strict=True)
-        self._scout(dataset, from_anywhere(pairs))
-
-    def _modes(self) -> list[str]:
-        return [self.score_mode] if self.score_mode else list(PARAMETERS)
-
-    def _scout(self, dataset: RetrievalDataset, pairs: Iterable[tuple[int, int]]) -> None:
-        """Ask single questions until one is answered; find out on the way what the endpoint gives."""
-        mode = self.score_mode or "yes_no"
-        keyed = ((self._key(dataset, mode, *pair), pair) for pair in pairs)
-        unanswered = (item for item in keyed if item[0] not in self._caches[mode])
-        without = 0
-        for key, pair in islice(unanswered, SCOUTS):
+        looked_at = from_anywhere(zip(rows.tolist(), columns.tolist(), strict=True))[:MOST_LOOKED_AT]
+        keyed = ((self._key(dataset, mode, *pair), pair) for pair in looked_at)
+        first = list(islice((item for item in keyed if item[0] not in cache), SCOUTS))
+        silent, failures = 0, []
+        for key, pair in first:
             try:
-                if not self._ask(dataset, mode, {key: pair}, "first question", scouting=True):
-                    self.score_mode = mode
-                    self._asked.add(key)
-                    return
+                failed = self._ask(dataset, mode, {key: pair}, "first question")
             except NoLogprobsError:
-                without += 1
-        if without and self._fixed:
-            raise UserError(
-                f"--llm_score_mode: got 'yes_no', but {self.name} gives no log probabilities; choose verbalized or auto"
-            )
-        if without:
-            self._facts.add(NO_LOGPROBS, True)
-            self._fall_back("gives none")
-        else:
-            self.score_mode = mode
+                silent += 1
+                continue
+            if not failed:
+                return
+            failures += failed.values()
+        if first and silent == len(first):
+            self._has_no_logprobs()
+        elif failures and all(error.endpoint_is_ill for error in failures):
+            raise RunError(f"{self.name} at {self.model.address.place} fails: {failures[0]}; the same command goes on")
+
+    def _has_no_logprobs(self) -> None:
+        """Go over to numbers, if the user did not fix the mode.
+
+        Raises:
+            UserError: the user did.
+        """
+        if self.score_mode is not None:
+            lacks = f"but {self.name} gives no log probabilities; choose verbalized or auto"
+            raise UserError(f"--llm_score_mode: got {self.score_mode!r}, {lacks}")
+        self._facts.add(NO_LOGPROBS, True)
+        self._fall_back("gives none")
 
     def _fall_back(self, what: str) -> None:
         self.score_mode = "verbalized"
@@ -182,40 +193,37 @@ class LLMJudge:
 
     def score(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
         """See :class:`rerankers.Reranker`."""
-        if self.score_mode is None:
-            pairs = self._pairs(dataset, sampled, "yes_no")
-            if missing := pairs.missing(self._caches["yes_no"]):
-                self._scout(dataset, missing.values())
-            else:
-                self.score_mode = "yes_no"
-        mode, cache = self.score_mode, self._caches[self.score_mode]
-        pairs = self._pairs(dataset, sampled, mode)
+        try:
+            scores = self._score_in(self.score_mode or "yes_no", dataset, sampled)
+        except NoLogprobsError:
+            if self._heard:
+                raise RunError(
+                    f"{self.name} gave log probabilities and refuses them now; all scores are kept; try again, or "
+                    "choose --llm_score_mode verbalized"
+                ) from None
+            self._has_no_logprobs()
+            scores = self._score_in("verbalized", dataset, sampled)
+        self.score_mode = self.score_mode or "yes_no"
+        return scores
+
+    def _score_in(self, mode: str, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
+        """Scores in one mode; float32 [Q, K]."""
+        cache = self._caches[mode]
+        pairs = sampled_pairs(dataset, sampled, lambda query, document: self._key(dataset, mode, query, document))
         cache.refresh()
         missing = pairs.missing(cache)
-        for key in pairs.first:
-            if key in cache and key not in self._asked:
-                self.model.usage.count_cached(cache[key].tokens)
-        long = {document for _, document in pairs.first.values() if self._is_long(dataset.documents[document])}
-        if long:
-            logger.warning("%d documents are cut to %d characters for the judge", len(long), self.max_characters)
+        self.model.count_cached(cache, pairs.first)
         failures = {}
         if missing:
+            shown = {document for _, document in missing.values()}
+            if long := [document for document in shown if len(dataset.documents[document]) > self.max_characters]:
+                logger.warning("%d documents are cut to %d characters for the judge", len(long), self.max_characters)
             there = len(pairs.first) - len(missing)
             logger.info("%s: asking for %d scores (%s), %d are there", self.name, len(missing), mode, there)
-            most = int(self.max_failed * len(pairs.first))
-            try:
-                failures = self._ask(dataset, mode, missing, "teacher", most)
-            except NoLogprobsError:
-                raise RunError(
-                    f"{self.name} gave log probabilities before and refuses them now; all scores are kept; try again, "
-                    "or choose --llm_score_mode verbalized"
-                ) from None
+            failures = self._ask(dataset, mode, missing, "teacher", int(self.max_failed * len(pairs.first)))
             cache.refresh()  # where another process was sooner, its answer counts for all
-        pairs.check_failures(failures, self.max_failed)
+        pairs.check_failures(failures, self.max_failed, ADVICE)
         return pairs.scores(cache)
-
-    def _pairs(self, dataset: RetrievalDataset, sampled: np.ndarray, mode: str) -> SampledPairs:
-        return sampled_pairs(dataset, sampled, lambda query, document: self._key(dataset, mode, query, document))
 
     def _ask(
         self,
@@ -224,9 +232,13 @@ class LLMJudge:
         pairs: dict[str, tuple[int, int]],
         description: str,
         most_failures: int | None = None,
-        scouting: bool = False,
-    ) -> dict[str, str]:
-        """Ask about pairs by key; returns the reasons of those that have no score."""
+    ) -> dict[str, NoAnswerError]:
+        """Ask about pairs by key; returns why some have no score.
+
+        Raises:
+            NoLogprobsError: none of the first answers has any.
+        """
+        silent = 0
 
         def questions() -> Iterator[Question]:
             for key, (query, document) in from_anywhere(pairs.items()):
@@ -235,12 +247,16 @@ class LLMJudge:
                 yield Question(key, self._messages(dataset, mode, query, document), about)
 
         def read(completion: Any) -> float:
+            nonlocal silent
             try:
-                return READ[mode](completion)
+                score = READ[mode](completion)
             except NoLogprobsError:
-                if scouting:
+                silent += 1
+                if not self._heard and silent >= min(SCOUTS, len(pairs)):
                     raise
-                raise NoAnswerError("no log probabilities in this answer") from None
+                raise UnreadableAnswerError("no log probabilities in the answer") from None
+            self._heard = True
+            return score
 
         return self.model.answer(
             questions(),
@@ -258,6 +274,3 @@ class LLMJudge:
     def _messages(self, dataset: RetrievalDataset, mode: str, query: int, document: int) -> list[dict[str, str]]:
         text = dataset.documents[document][: self.max_characters]
         return [{"role": "user", "content": self.prompts.fill(mode, dataset.queries[query], text)}]
-
-    def _is_long(self, text: str) -> bool:
-        return len(text) > self.max_characters

@@ -22,8 +22,9 @@ TRANSIENT = (408, 409, 429)  # and every 5xx
 FILTER_WORDS = re.compile(r"content[ _]?(filter|policy|management policy)", re.I)
 QUOTA_WORDS = re.compile(r"insufficient_quota|budget", re.I)  # a 429 that waiting does not mend
 KEY_WORDS = re.compile(r"api[ _]key|authentication|no connected db", re.I)  # some say 400 where they mean 401
-LENGTH_WORDS = re.compile(r"context[ _]?(length|window)|maximum context|too many tokens", re.I)
-THOUGHTS = re.compile(r"^\s*<think>.*?</think>", re.S)
+LENGTH_WORDS = re.compile(r"context[ _]?(length|window|size)|maximum (context|model)|too (long|large|many tok)", re.I)
+REFUSAL_WORDS = re.compile(r"support|allow|permitted|unknown|unexpected|unrecognized|must|at most|only|invalid", re.I)
+THOUGHTS = re.compile(r"^.*</think>", re.S)  # some templates write the opening tag themselves
 # What to send instead of a parameter that a model does not take, or not with that value.
 INSTEAD = {
     "top_logprobs": lambda _: {"top_logprobs": 5},  # some services stop there
@@ -48,7 +49,7 @@ class ModelAddress:
 
     service: str
     model: str
-    base_url: str
+    base_url: str = field(repr=False)
     api_key: str = field(repr=False)
     flag: str
 
@@ -129,8 +130,9 @@ def _versioned(url: str, variable: str) -> str:
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
         usable = False
-    if not usable:
-        raise UserError(f"{variable}: got {url!r}, must be an address such as http://localhost:4000 or https://host/v1")
+    if not usable or parts.query or parts.fragment or not url.isprintable() or " " in url:
+        shown = re.sub(r"[^/]*@", "***@", url.split("?")[0])
+        raise UserError(f"{variable}: got {shown!r}, must be an address such as http://localhost:4000 or https://host/v1")
     url = url.rstrip("/").removesuffix("/chat/completions")
     has_version = any(re.fullmatch(r"v\d+\w*", part) for part in urlsplit(url).path.split("/"))
     return url if has_version else f"{url}/v1"
@@ -147,8 +149,9 @@ def model_parameters(address: ModelAddress, parameters: Mapping[str, Any]) -> di
 
 
 def without_thoughts(text: str) -> str:
-    """An answer without the thoughts that some models write before it."""
-    return THOUGHTS.sub("", text)
+    """An answer without the thoughts that some models write before it; empty where it ended before they did."""
+    answer = THOUGHTS.sub("", text).strip()
+    return "" if answer.startswith("<think>") else answer
 
 
 # --- What went wrong -------------------------------------------------------------------------------------------------
@@ -171,11 +174,20 @@ class NoLogprobsError(Exception):
 
 
 class TransientError(Exception):
-    """The call may do better later; ``seconds`` is what the endpoint asked to wait for."""
+    """The call may do better later.
 
-    def __init__(self, reason: str, seconds: float | None = None, unreached: bool = False) -> None:
+    Attributes:
+        seconds: what the endpoint asked to wait for, or None.
+        rate_limit: it is too much at once, not something broken.
+        unreached: there was no connection at all.
+    """
+
+    def __init__(
+        self, reason: str, seconds: float | None = None, rate_limit: bool = False, unreached: bool = False
+    ) -> None:
         super().__init__(reason)
         self.seconds = seconds
+        self.rate_limit = rate_limit
         self.unreached = unreached
 
 
@@ -184,53 +196,66 @@ class RefusedParameterError(Exception):
 
 
 def what_failed(
-    error: Exception, address: ModelAddress, sent: Collection[str], refused: Collection[str], answered: bool
+    error: Exception, address: ModelAddress, sent: Collection[str], answered: bool, has_worked: bool
 ) -> Exception:
     """What an error of a call means: one of this room's exceptions, or one that ends the work.
 
     Args:
         error: as the ``openai`` package raises it, ``TimeoutError``, or ``ValueError`` for an answer that is no JSON.
         address: where the call went.
-        sent: names of the call's parameters.
-        refused: those for which something else was sent already.
-        answered: whether any call was ever answered: then a refusal is not a mistake in what the user gave.
+        sent: names of those of its parameters for which something else could be sent.
+        answered: whether a call was answered in this run: then a refused key is not the user's mistake.
+        has_worked: whether a call was ever answered: then its form is right, and a refusal is about this one.
     """
     import openai
 
     if isinstance(error, UnicodeEncodeError):
         return NoAnswerError("the text is no valid Unicode")
     if isinstance(error, openai.APIStatusError):
-        return _refusal(error, address, [name for name in sent if name not in refused], answered)
+        return _refusal(error, address, sent, answered, has_worked)
+    cause = error.__cause__ or error
+    if type(cause).__name__ in ("ConnectError", "ConnectTimeout"):
+        return TransientError(address.clean(str(cause) or "no connection in time"), unreached=True)
     if isinstance(error, TimeoutError | openai.APITimeoutError):
         return TransientError("no answer in time (--llm_timeout)")
     if isinstance(error, openai.APIConnectionError):
-        cause = error.__cause__ or error
-        unreached = type(cause).__name__ in ("ConnectError", "ConnectTimeout")
-        return TransientError(address.clean(str(cause) or type(cause).__name__), unreached=unreached)
+        return TransientError(address.clean(str(cause) or type(cause).__name__))
     return TransientError(address.clean(f"the answer cannot be read: {error}"))
 
 
-def _refusal(error: Any, address: ModelAddress, sent: Collection[str], answered: bool) -> Exception:
+def _refusal(
+    error: Any, address: ModelAddress, sent: Collection[str], answered: bool, has_worked: bool
+) -> Exception:
     """What an HTTP status other than success means (``openai.APIStatusError``)."""
     status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
     message = address.clean(str(body.get("message") or body.get("detail") or error.message))
     words = f"{body.get('code') or ''} {body.get('param') or ''} {message}"
-    if (status in TRANSIENT or status >= 500) and not QUOTA_WORDS.search(words):
-        return TransientError(f"{status}: {message}", _retry_after(error.response.headers))
+    spent = QUOTA_WORDS.search(words) is not None
+    if (status in TRANSIENT or status >= 500) and not spent:
+        seconds = _retry_after(error.response.headers)
+        return TransientError(f"{status}: {message}", seconds, rate_limit=status == 429)
     if FILTER_WORDS.search(words):
         return NoAnswerError("content filter")
-    if LENGTH_WORDS.search(words):
+    if status == 413 or LENGTH_WORDS.search(words):
         return NoAnswerError("the prompt is too long for the model (--judge_max_characters)")
-    for name in (*INSTEAD, "logprobs"):
-        if name in sent and re.search(rf"(\b|_){COMPLAINTS.get(name, name)}\b", words):
-            return RefusedParameterError(name)
+    if name := _refused_parameter(body.get("param"), words, sent):
+        return RefusedParameterError(name)
     about_key = status in (401, 403) or (status == 400 and KEY_WORDS.search(words) is not None)
     reason = f"{_reason(status, about_key, address)} ({status}: {message})"
-    if not answered:
-        return UserError(f"{address.flag}: {reason}")
-    if about_key or status == 404 or QUOTA_WORDS.search(words):
-        return RunError(f"{address.flag}: {reason}; all answers are kept, the same command goes on")
-    return NoAnswerError(reason, endpoint_is_ill=True)
+    if about_key or spent or status == 404:
+        kept = "; all answers are kept, the same command goes on"
+        return RunError(f"{address.flag}: {reason}{kept}") if answered else UserError(f"{address.flag}: {reason}")
+    return NoAnswerError(reason, endpoint_is_ill=True) if has_worked else UserError(f"{address.flag}: {reason}")
+
+
+def _refused_parameter(named: Any, words: str, sent: Collection[str]) -> str | None:
+    """The parameter that a complaint is about; a message may quote the prompt, so a word alone is not enough."""
+    for name in (*INSTEAD, "logprobs"):
+        called = COMPLAINTS.get(name, name)
+        about = named == called or REFUSAL_WORDS.search(words) or re.search(r"not .*request|greater than", words)
+        if name in sent and about and re.search(rf"(\b|_){called}\b", words):
+            return name
+    return None
 
 
 def _reason(status: int, about_key: bool, address: ModelAddress) -> str:

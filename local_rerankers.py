@@ -25,6 +25,7 @@ from sampled_pairs import SampledPairs, sampled_pairs
 
 logger = logging.getLogger(__name__)
 FLAG = "--reranker_model"
+ADVICE = "raise it, or choose another --reranker_model or --reranker_dtype"
 TOKENISED_AT_ONCE = 1024  # token ids of long documents take a lot of memory
 Pair = tuple[str, str]  # query, document
 
@@ -98,6 +99,7 @@ class LocalReranker:
             "words": None if prompt is None else [list(prompt.yes), list(prompt.no)],
         }
         self.identity = setup | {"prompt": prompt and dataclasses.asdict(prompt)}
+        self.usage = None
         self._cache = RecordCache(cache_dir, setup)
         self._model: PairModel | None = None
 
@@ -128,7 +130,7 @@ class LocalReranker:
         pairs = sampled_pairs(dataset, sampled, lambda query, document: record_key(text_of(query, document)))
         self._cache.refresh()
         failures = self._score_missing(pairs) if pairs.missing(self._cache) else {}
-        pairs.check_failures(failures, self.max_failed)
+        pairs.check_failures(failures, self.max_failed, ADVICE)
         return pairs.scores(self._cache)
 
     def _score_missing(self, pairs: SampledPairs) -> dict[str, str]:
@@ -156,7 +158,7 @@ class LocalReranker:
                         about = {"query": dataset.query_ids[query], "document": dataset.document_ids[document]}
                         self._cache.add(keys[i], float(score), dataset=dataset.name, **about)
                     else:
-                        failures[keys[i]] = f"{self.name} gave {score}"
+                        failures[keys[i]] = "no finite score, or a query longer than --reranker_max_tokens"
                 done += len(scores)
                 bar.update(len(scores))
         self._cache.sync()
@@ -299,25 +301,29 @@ class CausalModel:
         return [self._start + own for own in ids]
 
     def _cut(self, query: str, document: str) -> list[int]:
-        """The prompt with as much of the document as fits; the question around it stays whole.
-
-        Raises:
-            RunError: the query alone is too long.
-        """
-        ids = self._encode([self.prompt.fill(query, document)])[0]
+        """The prompt with as much of the document as fits; empty where the question around it is too long already."""
         words = self._tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self._encode([self.prompt.fill(query, document)])[0]
         while len(ids) > self.limit:
             if not words:
-                raise RunError(f"the query {query[:60]!r}… is longer than --reranker_max_tokens ({self.limit})")
+                return []
             words = words[: -(len(ids) - self.limit)] if len(ids) - self.limit < len(words) else []
             ids = self._encode([self.prompt.fill(query, self._tokenizer.decode(words))])[0]
         return ids
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
-        """See :class:`PairModel`. Padding goes to the left, so that the last token is every prompt's last."""
+        """See :class:`PairModel`; NaN where the query alone is too long."""
+        rows = self._encode(self.prompt.fill(*pair) for pair in pairs)
+        rows = [self._cut(*pair) if len(row) > self.limit else row for pair, row in zip(pairs, rows, strict=True)]
+        scores = np.full(len(rows), math.nan, dtype=np.float32)
+        if fit := [i for i, row in enumerate(rows) if row]:
+            scores[fit] = self._score_rows([rows[i] for i in fit])
+        return scores
+
+    def _score_rows(self, rows: list[list[int]]) -> np.ndarray:
+        """Padding goes to the left, so that the last token is every prompt's last."""
         import torch
 
-        rows = [self._cut(*pair) for pair in pairs]
         width = max(map(len, rows))
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.long)

@@ -16,7 +16,7 @@ import numpy as np
 from errors import UserError, is_folder
 from experiment_config import ExperimentConfig
 from instruction_templates import causal_prompt, judge_prompts
-from llm_client import language_model
+from llm_client import Usage, language_model
 from llm_judge import LLMJudge
 from llm_services import find_model_address
 from local_rerankers import FLAG, LocalReranker
@@ -33,11 +33,13 @@ class Reranker(Protocol):
         name: for results and logs.
         identity: what its scores depend on, JSON-able: two teachers with the same identity give the same scores.
         score_mode: what its scores are; None while an endpoint has yet to show what it gives.
+        usage: of a language model's calls; None where there are none.
     """
 
     name: str
     identity: Any
     score_mode: str | None
+    usage: Usage | None
 
     def has_worked(self) -> bool:
         """Whether it has given scores before: then there is no need to find out ahead of time that it can."""
@@ -66,6 +68,7 @@ class GoldReranker:
     name = "gold labels (oracle)"
     identity = "gold"
     score_mode = "gold labels"
+    usage = None
 
     def has_worked(self) -> bool:
         """See :class:`Reranker`."""

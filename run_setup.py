@@ -135,7 +135,8 @@ def run_hash(this: Run) -> str:
     """Hash over all that changes a figure.
 
     What a flag stands for counts, not how it is written: the content of the dataset, the identities of the models, the
-    templates that this run uses.
+    templates that this run uses. ``--llm_score_mode auto`` counts as such: which mode it came to is known only when the
+    endpoint has answered, and stands in ``config.json`` beside the hash.
     """
     flags = {name: value for name, value in this.config.result_flags().items() if name not in RESOLVED_FLAGS}
     templates = {name: value for name, value in this.texts.templates.as_dict().items() if name != "entry"}

@@ -45,12 +45,13 @@ class SampledPairs:
         scores[self.places[:, 0], self.places[:, 1]] = values
         return scores
 
-    def check_failures(self, failures: Mapping[str, str], most: float) -> None:
+    def check_failures(self, failures: Mapping[str, object], most: float, advice: str) -> None:
         """List the pairs without a score in the log.
 
         Args:
-            failures: key to reason.
+            failures: key to reason, a text or an exception.
             most: share of the pairs that may fail.
+            advice: what the user can do when more did.
 
         Raises:
             RunError: more failed.
@@ -59,15 +60,14 @@ class SampledPairs:
         by_reason = collections.defaultdict(list)
         for key, reason in failures.items():
             query, document = self.first[key]
-            by_reason[reason].append(f"{queries[query]}/{ids[document]}")
+            by_reason[str(reason)].append(f"{queries[query]}/{ids[document]}")
         for reason, pairs in by_reason.items():
             logger.warning("no score for %d pairs (%s), query/document: %s", len(pairs), reason, ", ".join(pairs))
         if len(failures) > most * len(self.first):
             reasons = "; ".join(f"{reason}: {len(pairs)}" for reason, pairs in by_reason.items())
             raise RunError(
                 f"--max_failed_scores: {len(failures)} of {len(self.first)} scores cannot be had, more than allowed "
-                f"({reasons}); the others are kept; raise it, or choose another --reranker_model or --llm_score_mode, "
-                "and run again"
+                f"({reasons}); the others are kept; {advice}, and run again"
             )
 
 

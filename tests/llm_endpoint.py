@@ -38,6 +38,7 @@ class Endpoint:
         self.answered = collections.Counter()  # digest -> successful answers
         self.in_flight = 0
         self.last_body = None
+        self.next_allowed = 0.0
 
     async def serve(self, reader, writer):
         try:
@@ -100,6 +101,12 @@ class Endpoint:
             message = f"Invalid value: 'top_logprobs' must be at most {options.most_top_logprobs}."
             self.send(writer, 400, {"error": {"message": message}})
             return True
+        now = asyncio.get_running_loop().time()
+        if options.rate and now < self.next_allowed:
+            self.stats["limited"] += 1
+            self.send(writer, 429, {"error": {"message": "Rate limit"}}, retry_after=options.retry_after)
+            return True
+        self.next_allowed = max(now - 0.2, self.next_allowed) + 1 / (options.rate or 1)
         digest = digest_of(body)
         if self.stats["successes"] >= options.dies_after or self.random.random() < options.faults:
             return self.fail(writer, self.random.choice(options.kinds))
@@ -132,6 +139,8 @@ class Endpoint:
 
     def complete(self, body, digest):
         part = share(digest)
+        if self.options.shape:
+            return misshapen(body, self.options.shape)
         if body.get("logprobs") and self.options.logprobs:
             yes = 0.98 * part + 0.01
             tops = {" Yes": yes * 0.75, "yes": yes * 0.25, "No": (1 - yes) * 0.9, "yesterday": 0.01}
@@ -143,6 +152,21 @@ class Endpoint:
         if body.get("temperature"):
             return completion(body, f"A passage numbered {digest} about {body['messages'][-1]['content'][-60:]}", None, "stop")
         return completion(body, "Yes", None, "stop")
+
+
+def misshapen(body, shape):
+    """An answer as no endpoint should give it, and some do."""
+    top = [{"token": "Yes", "logprob": math.nan if shape == "nan" else 0.0, "bytes": None}]
+    first = {"token": "Yes", "logprob": 0.0, "bytes": None, "top_logprobs": "text" if shape == "text" else top}
+    second = {**first, "top_logprobs": None}
+    answer = completion(body, "nan", {"content": [second, first] if shape == "null top" else [first, second]}, "stop")
+    if shape == "null top":
+        first["top_logprobs"] = [{"token": "maybe", "logprob": 0.0, "bytes": None}]
+    if shape == "null choice":
+        answer["choices"] = [None]
+    if shape == "null message":
+        answer["choices"][0]["message"] = None
+    return answer
 
 
 def completion(body, text, logprobs, reason):
@@ -157,6 +181,8 @@ def parse_options():
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--latency", type=float, default=0.0, help="seconds an answer takes")
+    parser.add_argument("--rate", type=float, help="answers a second; beyond that 429")
+    parser.add_argument("--shape", help="answer with something that is none")
     parser.add_argument("--faults", type=float, default=0.0, help="share of requests that fail")
     parser.add_argument("--kinds", nargs="+", default=list(FAULTS), help="how they fail")
     parser.add_argument("--retry_after", default="0.05")
