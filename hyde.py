@@ -9,8 +9,9 @@ from typing import Any
 from cache_utils import RecordCache, record_key
 from experiment_config import ExperimentConfig
 from instruction_templates import HydePrompt, hyde_prompt
-from llm_client import LanguageModel, Question, from_anywhere, language_model
+from llm_client import LanguageModel, from_anywhere, language_model
 from llm_services import NoAnswerError, UnreadableAnswerError, find_model_address, model_parameters, without_thoughts
+from llm_work import Question
 from retrieval_dataset import RetrievalDataset
 
 logger = logging.getLogger(__name__)
@@ -76,13 +77,13 @@ class HydeWriter:
         """
         self._cache.refresh()
         keys = [self._keys(query) for query in dataset.queries]
-        self.model.count_cached(self._cache, {key for own in keys for key in own})
         if missing := self._missing(dataset):
             logger.info("%s: asking for %d passages", self.name, len(missing))
             failures = self._ask(dataset, missing, "passages")
             self._cache.refresh()  # where another process was sooner, its passage counts for all
             for key, reason in failures.items():
                 logger.warning("no passage for query %s: %s", dataset.query_ids[missing[key]], reason)
+        self.model.count_cached(self._cache, {key for own in keys for key in own})
         return [[self._cache[key].value for key in own if key in self._cache] for own in keys]
 
     def _keys(self, query: str) -> list[str]:

@@ -18,7 +18,7 @@ import numpy as np
 from cache_utils import RecordCache, record_key
 from errors import RunError, UserError
 from instruction_templates import JudgePrompts
-from llm_client import LanguageModel, Question, Usage, from_anywhere
+from llm_client import LanguageModel, Usage, from_anywhere
 from llm_services import (
     NoAnswerError,
     NoLogprobsError,
@@ -26,6 +26,7 @@ from llm_services import (
     model_parameters,
     without_thoughts,
 )
+from llm_work import Question
 from retrieval_dataset import RetrievalDataset
 from sampled_pairs import sampled_pairs
 
@@ -212,7 +213,6 @@ class LLMJudge:
         pairs = sampled_pairs(dataset, sampled, lambda query, document: self._key(dataset, mode, query, document))
         cache.refresh()
         missing = pairs.missing(cache)
-        self.model.count_cached(cache, pairs.first)
         failures = {}
         if missing:
             shown = {document for _, document in missing.values()}
@@ -222,6 +222,7 @@ class LLMJudge:
             logger.info("%s: asking for %d scores (%s), %d are there", self.name, len(missing), mode, there)
             failures = self._ask(dataset, mode, missing, "teacher", int(self.max_failed * len(pairs.first)))
             cache.refresh()  # where another process was sooner, its answer counts for all
+        self.model.count_cached(cache, pairs.first)
         pairs.check_failures(failures, self.max_failed, ADVICE)
         return pairs.scores(cache)
 

@@ -12,7 +12,7 @@ from cache_utils import RecordCache, record_key
 from errors import RunError, UserError
 from experiment_config import parse_arguments
 from hyde import read_passage
-from llm_client import LanguageModel, Question, from_anywhere
+from llm_client import LanguageModel, from_anywhere
 from llm_judge import PARAMETERS, verbalized_score, yes_probability
 from llm_services import (
     NoLogprobsError,
@@ -21,6 +21,7 @@ from llm_services import (
     model_parameters,
     split_name,
 )
+from llm_work import Question
 
 YES_NO, NUMBERS = PARAMETERS["yes_no"], PARAMETERS["verbalized"]
 
@@ -98,7 +99,7 @@ def test_a_rate_limit_costs_time_and_no_answer(endpoint, monkeypatch, cache, ret
 
 
 def test_long_work_without_a_terminal_says_how_far_it_is(endpoint, monkeypatch, cache, caplog):
-    monkeypatch.setattr("llm_client.SECONDS_BETWEEN_LOG_LINES", 0.0)
+    monkeypatch.setattr("llm_work.SECONDS_BETWEEN_LOG_LINES", 0.0)
     caplog.set_level("INFO")
     ask(model_at(endpoint(), monkeypatch), cache, 5)
     assert "test: 5 of 5 calls done, failed 0" in caplog.text
@@ -259,6 +260,7 @@ def test_answers_of_another_process_are_not_asked_for_again(endpoint, monkeypatc
     values, _ = ask(model, cache, 40)
     assert [values[i] for i in range(0, 40, 2)] == [0.5] * 20
     assert server.stats()["successes"] == 20
+    model.count_cached(cache, [record_key(i) for i in range(50)])
     assert (model.usage.cached_answers, model.usage.cached_input_tokens) == (20, 140)
 
 
