@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -251,10 +252,11 @@ class RecordCache:
     Args:
         root: the cache folder; the setup's own folder is made inside it on the first write.
         setup: everything beside the key that changes a value (service, model, parameters, mode), JSON-able.
+        kind: of the values: float (finite) or str (not empty).
     """
 
-    def __init__(self, root: Path | str, setup: Mapping[str, Any]) -> None:
-        self.setup = dict(setup)
+    def __init__(self, root: Path | str, setup: Mapping[str, Any], kind: type[float] | type[str] = float) -> None:
+        self.setup, self._kind = dict(setup), kind
         self.folder = Path(root) / "records" / f"{slug(str(setup.get('kind', 'x')))}-{_setup_name(setup)}"
         self._records: dict[str, Record] = {}
         self._read: dict[str, int] = {}  # file name -> bytes taken in
@@ -275,13 +277,17 @@ class RecordCache:
     def refresh(self) -> None:
         """Take in the records that other writers have added since."""
         try:
-            files = sorted((e.name, e.stat().st_size) for e in os.scandir(self.folder) if e.name.endswith(".jsonl"))
+            names = sorted(entry.name for entry in os.scandir(self.folder) if entry.name.endswith(".jsonl"))
         except FileNotFoundError:
             return
-        for name, size in files:
+        for name in names:
             start = self._read.get(name, 0)
-            if size > start and name != self._own_name:
-                self._take_in(name, start)
+            try:
+                if name != self._own_name and (self.folder / name).stat().st_size > start:
+                    self._take_in(name, start)
+            except OSError as error:
+                logger.warning("passing over %s (%s)", self.folder / name, error.strerror)
+                self._read[name] = sys.maxsize
 
     def _take_in(self, name: str, start: int) -> None:
         with open(self.folder / name, "rb") as file:
@@ -293,12 +299,20 @@ class RecordCache:
         for line in whole.splitlines():
             try:
                 fields = json.loads(line)
-                record = Record(fields["value"], fields["time"], tuple(fields.get("tokens", (0, 0))))
-                self._keep(fields["key"], record)
+                key, value, stamp = fields["key"], fields["value"], fields["time"]
+                tokens = tuple(int(count) for count in fields.get("tokens", (0, 0)))
+                if not self._is_usable(value) or not isinstance(stamp, str) or len(tokens) != 2:
+                    raise ValueError
+                self._keep(key, Record(value, stamp, tokens))
             except (ValueError, KeyError, TypeError):
                 damaged += 1
         if damaged:
             logger.warning("passing over %d damaged lines of %s", damaged, self.folder / name)
+
+    def _is_usable(self, value: Any) -> bool:
+        if self._kind is str:
+            return isinstance(value, str) and bool(value.strip())
+        return isinstance(value, int | float) and math.isfinite(value)
 
     def _keep(self, key: str, record: Record) -> None:
         earlier = self._records.get(key)
@@ -310,15 +324,15 @@ class RecordCache:
 
         Args:
             key: from :func:`record_key`.
-            value: a finite number, a boolean or a text that is not empty.
+            value: of the cache's kind.
             tokens: what the answer cost, input and output.
             **about: for people who read the file.
 
         Raises:
             ValueError: the value is none that may be kept: failures are never stored.
+            OSError: naming the file, where it cannot be written.
         """
-        usable = bool(value.strip()) if isinstance(value, str) else isinstance(value, int | float)
-        if not usable or (isinstance(value, float) and not math.isfinite(value)):
+        if not self._is_usable(value):
             raise ValueError(f"{value!r} is no value to keep")
         if self._own is None:
             _describe(self.folder, self.setup)
@@ -326,8 +340,11 @@ class RecordCache:
         now = time.time()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1e6):06d}Z"
         line = {"key": key, "value": value, "time": stamp, "tokens": list(tokens), **about}
-        self._own.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-        self._own.flush()
+        try:
+            self._own.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+            self._own.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.folder / self._own_name)) from None
         self._keep(key, Record(value, stamp, tuple(tokens)))
 
     def sync(self) -> None:

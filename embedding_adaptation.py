@@ -275,6 +275,7 @@ def summarise(
         summary["hyde"] = {
             "name": this.hyde.name,
             "passages": sum(map(len, passages)),
+            "passages_missing": sum(this.config.hyde_samples - len(own) for own in passages),
             "queries_without_passage": fallen_back,
         }
     usages = {"teacher": this.reranker and this.reranker.usage, "hyde": this.hyde and this.hyde.model.usage}
@@ -282,7 +283,8 @@ def summarise(
     if usage:
         summary["language_models"] = usage
     if usage and this.config.prices:
-        summary["cost"] = round(sum(part["cost"] for part in usage.values()), 6)
+        costs = [own["cost"] for own in usage.values()]
+        summary["cost"] = None if None in costs else round(sum(costs), 6)
     return summary
 
 
@@ -358,7 +360,9 @@ def report(this: Run, summary: dict[str, Any], folder: RunFolder) -> None:
     if summary.get("language_models"):
         print()
     for role, usage in summary.get("language_models", {}).items():
-        cost = f"; cost {usage['cost']:.4f}" if "cost" in usage else ""
+        cost = "" if "cost" not in usage else f"; cost {usage['cost'] or 0:.4f}"
+        if usage.get("cost", 0) is None:
+            cost = "; cost unknown, the endpoint tells no tokens"
         print(
             f"{role}: {usage['calls']} calls ({usage['input_tokens']} tokens in, {usage['output_tokens']} out{cost}), "
             f"{usage['cached_answers']} answers from the cache"

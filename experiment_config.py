@@ -160,7 +160,9 @@ class ExperimentConfig:
         changes_results=False,
     )
     price_per_million: str | None = flag(
-        None, "price of a million input and of a million output tokens, such as 0.15 0.6: adds the cost to the summary",
+        None,
+        "price of a million input and of a million output tokens, such as 0.15 0.6, for all language models of the "
+        "run: adds the cost to the summary",
         PRICES, changes_results=False,
     )
 
@@ -184,7 +186,9 @@ class ExperimentConfig:
         one_of("auto", "float32", "bfloat16", "float16"),
     )
     reranker_max_tokens: int = flag(
-        8192, "a local reranker's pairs are cut to this many tokens, or to the model's own limit", POSITIVE
+        8192,
+        "a local reranker's pairs are cut to this many tokens, or to the model's own limit",
+        Rule(lambda value: value >= 16, "a whole number, 16 or more"),
     )
     trust_remote_code: bool = flag(
         False, "let a model run Python code that comes with it; read that code first", changes_results=False

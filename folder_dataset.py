@@ -100,7 +100,8 @@ def _read_dataset_yaml(path: Path) -> dict[str, str]:
         return settings
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        str(given).encode()  # half a surrogate pair, written as an escape, is no character
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(given, dict) or (unknown := [k for k in given if k not in ("instruction", "task_type")]):
         found = ", ".join(map(str, unknown)) if isinstance(given, dict) else type(given).__name__

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from cache_utils import RecordCache, record_key
+from errors import RunError
 from experiment_config import ExperimentConfig
 from instruction_templates import HydePrompt, hyde_prompt
-from llm_client import LanguageModel, from_anywhere, language_model
+from llm_client import LanguageModel, in_any_order, language_model
 from llm_services import NoAnswerError, UnreadableAnswerError, find_model_address, model_parameters, without_thoughts
 from llm_work import Question
 from retrieval_dataset import RetrievalDataset
@@ -28,7 +29,8 @@ def read_passage(completion: Any) -> str:
     Raises:
         UnreadableAnswerError: there is none.
     """
-    passage = without_thoughts(completion.choices[0].message.content or "")
+    content = without_thoughts(completion.choices[0].message.content or "")
+    passage = content.encode("utf-8", "replace").decode()  # half a surrogate pair could not be embedded
     if not passage:
         raise UnreadableAnswerError(f"no passage within {PARAMETERS['max_tokens']} tokens")
     return passage
@@ -51,7 +53,7 @@ class HydeWriter:
         self.name = model.address.name
         self.identity = {"model": self.name, "samples": samples, "prompt": prompt.as_dict()}
         about = {"service": model.address.service, "model": model.address.model}
-        self._cache = RecordCache(cache_dir, {"kind": "passage", **about, "parameters": PARAMETERS})
+        self._cache = RecordCache(cache_dir, {"kind": "passage", **about, "parameters": PARAMETERS}, str)
 
     def load(self, dataset: RetrievalDataset) -> None:
         """Ask for one passage of this run, so that a wrong key, address or model is told before any other work.
@@ -62,7 +64,7 @@ class HydeWriter:
         """
         missing = self._missing(dataset)
         if missing:
-            key, query = from_anywhere(missing.items())[0]
+            key, query = in_any_order(missing.items())[0]
             self._ask(dataset, {key: query}, "first passage")
 
     def is_complete(self, dataset: RetrievalDataset) -> bool:
@@ -73,7 +75,7 @@ class HydeWriter:
         """The passages of each query: as many as could be had, at most ``samples``.
 
         Raises:
-            RunError: the endpoint is down; the passages so far are kept.
+            RunError: the endpoint is down, or no query has a passage; the passages so far are kept.
         """
         self._cache.refresh()
         keys = [self._keys(query) for query in dataset.queries]
@@ -82,7 +84,10 @@ class HydeWriter:
             failures = self._ask(dataset, missing, "passages")
             self._cache.refresh()  # where another process was sooner, its passage counts for all
             for key, reason in failures.items():
-                logger.warning("no passage for query %s: %s", dataset.query_ids[missing[key]], reason)
+                of_several = f"one of its {self.samples} passages is" if self.samples > 1 else "its passage is"
+                logger.warning("query %s: %s missing (%s)", dataset.query_ids[missing[key]], of_several, reason)
+            if not any(key in self._cache for own in keys for key in own):
+                raise RunError(f"{self.name}: not one passage could be had: {next(iter(failures.values()))}")
         self.model.count_cached(self._cache, {key for own in keys for key in own})
         return [[self._cache[key].value for key in own if key in self._cache] for own in keys]
 
@@ -99,7 +104,7 @@ class HydeWriter:
 
     def _ask(self, dataset: RetrievalDataset, missing: dict[str, int], description: str) -> dict[str, NoAnswerError]:
         def questions() -> Iterator[Question]:
-            for key, query in from_anywhere(missing.items()):
+            for key, query in in_any_order(missing.items()):
                 about = {"dataset": dataset.name, "query": dataset.query_ids[query]}
                 yield Question(key, self._messages(dataset.queries[query]), about)
 

@@ -73,6 +73,10 @@ def read_templates(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{where} is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict) or not all(isinstance(content.get(section), dict) for section in SECTIONS):
         raise UserError(f"{where} must have the sections {' and '.join(SECTIONS)}")
+    try:
+        str(content).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half a surrogate pair, which is no character") from None
     every = SECTIONS + PROMPT_SECTIONS
     if unknown := [str(section) for section in content if section not in every]:
         raise UserError(f"{where} has an unknown section {unknown[0]!r}; there are {', '.join(every)}")

@@ -26,7 +26,7 @@ class Usage:
 
     Attributes:
         calls: answers that came, and are paid for.
-        retries: tries that failed and were repeated.
+        retries: tries that failed, or gave nothing readable, and were repeated.
         input_tokens, output_tokens: of these answers, as the endpoint counts them.
         cached_answers, cached_input_tokens, cached_output_tokens: of answers that were in the cache already.
     """
@@ -59,13 +59,17 @@ class Usage:
         """For ``summary.json``; with prices of a million tokens (input, output), the cost too."""
         if not price_per_million:
             return asdict(self)
+        paid, spared = (self.input_tokens, self.output_tokens), (self.cached_input_tokens, self.cached_output_tokens)
         return asdict(self) | {
-            "cost": _cost(price_per_million, self.input_tokens, self.output_tokens),
-            "cost_spared_by_the_cache": _cost(price_per_million, self.cached_input_tokens, self.cached_output_tokens),
+            "cost": _cost(price_per_million, self.calls, paid),
+            "cost_spared_by_the_cache": _cost(price_per_million, self.cached_answers, spared),
         }
 
 
-def _cost(price_per_million: Sequence[float], *tokens: int) -> float:
+def _cost(price_per_million: Sequence[float], answers: int, tokens: tuple[int, int]) -> float | None:
+    """Price of the tokens; None where an endpoint does not tell how many there were."""
+    if answers and not any(tokens):
+        return None
     return round(sum(price * n for price, n in zip(price_per_million, tokens, strict=True)) / 1e6, 6)
 
 
@@ -152,11 +156,7 @@ def language_model(flag: str, name: str, config: ExperimentConfig) -> LanguageMo
     return LanguageModel(address, config.llm_concurrency, config.llm_timeout, config.llm_max_retries)
 
 
-def from_anywhere(items: Iterable[Any]) -> list[Any]:
-    """The items in their order, from a random one on and around.
-
-    Processes that ask the same questions at once so start at different ones, and pass over those of the others.
-    """
+def in_any_order(items: Iterable[Any]) -> list[Any]:
+    """The items shuffled: processes that ask the same questions at once seldom ask the same one at the same moment."""
     items = list(items)
-    start = random.SystemRandom().randrange(len(items)) if items else 0
-    return items[start:] + items[:start]
+    return random.SystemRandom().sample(items, len(items))

@@ -18,7 +18,7 @@ import numpy as np
 from cache_utils import RecordCache, record_key
 from errors import RunError, UserError
 from instruction_templates import JudgePrompts
-from llm_client import LanguageModel, Usage, from_anywhere
+from llm_client import LanguageModel, Usage, in_any_order
 from llm_services import (
     NoAnswerError,
     NoLogprobsError,
@@ -28,7 +28,7 @@ from llm_services import (
 )
 from llm_work import Question
 from retrieval_dataset import RetrievalDataset
-from sampled_pairs import sampled_pairs
+from sampled_pairs import SampledPairs, sampled_pairs
 
 logger = logging.getLogger(__name__)
 # A token that is a yes or a no, however it is spelt: case, a space or a tokenizer's mark for it, punctuation.
@@ -118,15 +118,14 @@ class LLMJudge:
         self.identity = {"model": self.name, "mode": score_mode, "prompts": prompts.as_dict(), "cut": max_characters}
         about = {"service": model.address.service, "model": model.address.model}
         self._caches = {
-            mode: RecordCache(cache_dir, {"kind": "score", **about, "mode": mode, "parameters": parameters})
+            mode: RecordCache(cache_dir, {"kind": "score", **about, "mode": mode, "parameters": parameters}, float)
             for mode, parameters in PARAMETERS.items()
         }
         # Two addresses may serve one model differently.
-        self._facts = RecordCache(cache_dir, {"kind": "facts", **about, "address": model.address.place})
+        self._facts = RecordCache(cache_dir, {"kind": "facts", **about, "address": model.address.base_url}, float)
         self._heard = False  # an answer that could be read
-        self.score_mode: str | None = None if score_mode == "auto" else score_mode
-        if self.score_mode is None and NO_LOGPROBS in self._facts:
-            self._fall_back(f"was found to give none (said by {self._facts.folder})")
+        self._is_fixed = score_mode != "auto"
+        self.score_mode: str | None = score_mode if self._is_fixed else None
 
     @property
     def usage(self) -> Usage:
@@ -137,8 +136,7 @@ class LLMJudge:
 
     def has_worked(self) -> bool:
         """Whether this judge ever answered: then its endpoint need not be asked ahead of time."""
-        modes = [self.score_mode] if self.score_mode else list(PARAMETERS)
-        return any(len(self._caches[mode]) for mode in modes)
+        return any(len(cache) for mode, cache in self._caches.items() if self.score_mode in (None, mode))
 
     def load(self, dataset: RetrievalDataset) -> None:
         """Ask a question of this run, so that a wrong key, address or model is told before any other work.
@@ -149,12 +147,12 @@ class LLMJudge:
             UserError: the endpoint cannot be reached, refuses the call, or cannot score as ``score_mode`` says.
             RunError: it is down.
         """
-        mode, cache = self.score_mode or "yes_no", self._caches[self.score_mode or "yes_no"]
+        mode = self._likely_mode()
         # A relevant document is likely to be among the sampled ones, so that the answer is needed anyway.
         rows, columns = dataset.relevance.nonzero()
-        looked_at = from_anywhere(zip(rows.tolist(), columns.tolist(), strict=True))[:MOST_LOOKED_AT]
+        looked_at = in_any_order(zip(rows.tolist(), columns.tolist(), strict=True))[:MOST_LOOKED_AT]
         keyed = ((self._key(dataset, mode, *pair), pair) for pair in looked_at)
-        first = list(islice((item for item in keyed if item[0] not in cache), SCOUTS))
+        first = list(islice((item for item in keyed if item[0] not in self._caches[mode]), SCOUTS))
         silent, failures = 0, []
         for key, pair in first:
             try:
@@ -166,51 +164,47 @@ class LLMJudge:
                 return
             failures += failed.values()
         if first and silent == len(first):
-            self._has_no_logprobs()
+            self._note_no_logprobs()
         elif failures and all(error.endpoint_is_ill for error in failures):
-            raise RunError(f"{self.name} at {self.model.address.place} fails: {failures[0]}; the same command goes on")
+            where = f"{self.name} at {self.model.address.base_url}"
+            raise RunError(f"{where} fails: {failures[0]}; the same command goes on")
 
-    def _has_no_logprobs(self) -> None:
-        """Go over to numbers, if the user did not fix the mode.
+    def _likely_mode(self) -> str:
+        return self.score_mode or ("verbalized" if NO_LOGPROBS in self._facts else "yes_no")
+
+    def _note_no_logprobs(self) -> None:
+        """Remember that this endpoint gives no log probabilities.
 
         Raises:
-            UserError: the user did.
+            UserError: the user wants scores that need them.
         """
-        if self.score_mode is not None:
+        if self._is_fixed:
             lacks = f"but {self.name} gives no log probabilities; choose verbalized or auto"
             raise UserError(f"--llm_score_mode: got {self.score_mode!r}, {lacks}")
-        self._facts.add(NO_LOGPROBS, True)
-        self._fall_back("gives none")
-
-    def _fall_back(self, what: str) -> None:
-        self.score_mode = "verbalized"
-        logger.warning(
-            "%s: a yes/no score needs log probabilities, and the endpoint %s: asking for numbers in the whole run",
-            self.name,
-            what,
-        )
+        self._facts.add(NO_LOGPROBS, 1.0)
 
     # --- Scoring ---
 
     def score(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
         """See :class:`rerankers.Reranker`."""
+        if self.score_mode is None and not self._pairs(dataset, sampled, "yes_no").missing(self._caches["yes_no"]):
+            self.score_mode = "yes_no"  # all there, whatever the endpoint gives today
         try:
-            scores = self._score_in(self.score_mode or "yes_no", dataset, sampled)
+            return self._score_in(self._likely_mode(), dataset, sampled)
         except NoLogprobsError:
             if self._heard:
                 raise RunError(
                     f"{self.name} gave log probabilities and refuses them now; all scores are kept; try again, or "
                     "choose --llm_score_mode verbalized"
                 ) from None
-            self._has_no_logprobs()
-            scores = self._score_in("verbalized", dataset, sampled)
-        self.score_mode = self.score_mode or "yes_no"
-        return scores
+            self._note_no_logprobs()
+            return self._score_in("verbalized", dataset, sampled)
 
     def _score_in(self, mode: str, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
         """Scores in one mode; float32 [Q, K]."""
-        cache = self._caches[mode]
-        pairs = sampled_pairs(dataset, sampled, lambda query, document: self._key(dataset, mode, query, document))
+        if mode == "verbalized" and not self._is_fixed:
+            logger.warning("%s gives no log probabilities: asking for numbers in the whole run", self.name)
+        cache, pairs = self._caches[mode], self._pairs(dataset, sampled, mode)
         cache.refresh()
         missing = pairs.missing(cache)
         failures = {}
@@ -224,7 +218,11 @@ class LLMJudge:
             cache.refresh()  # where another process was sooner, its answer counts for all
         self.model.count_cached(cache, pairs.first)
         pairs.check_failures(failures, self.max_failed, ADVICE)
+        self.score_mode = mode
         return pairs.scores(cache)
+
+    def _pairs(self, dataset: RetrievalDataset, sampled: np.ndarray, mode: str) -> SampledPairs:
+        return sampled_pairs(dataset, sampled, lambda query, document: self._key(dataset, mode, query, document))
 
     def _ask(
         self,
@@ -242,7 +240,7 @@ class LLMJudge:
         silent = 0
 
         def questions() -> Iterator[Question]:
-            for key, (query, document) in from_anywhere(pairs.items()):
+            for key, (query, document) in in_any_order(pairs.items()):
                 about = {"dataset": dataset.name, "query": dataset.query_ids[query]}
                 about["document"] = dataset.document_ids[document]
                 yield Question(key, self._messages(dataset, mode, query, document), about)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
+import logging
 import os
 import re
 import time
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 
 from errors import RunError, UserError
 
+logger = logging.getLogger(__name__)
 OFFICIAL_URL = "https://api.openai.com/v1"
 # service prefix: the environment variables with its address and its key
 SERVICES = {"LiteLLM": ("BASE_URL", "API_KEY"), "OpenAI": ("OPENAI_BASE_URL", "OPENAI_API_KEY")}
@@ -49,7 +51,7 @@ class ModelAddress:
 
     service: str
     model: str
-    base_url: str = field(repr=False)
+    base_url: str
     api_key: str = field(repr=False)
     flag: str
 
@@ -68,16 +70,11 @@ class ModelAddress:
         """The environment variable that holds the address."""
         return SERVICES[self.service][0]
 
-    @property
-    def place(self) -> str:
-        """The address without a user and password in it, for messages."""
-        return re.sub(r"//[^/@]*@", "//", self.base_url)
-
     def clean(self, message: str) -> str:
         """A message of the service as one short line, without the key."""
         if self.api_key:
             message = message.replace(self.api_key, "***")
-        return re.sub(r"//[^/@\s]*@", "//", " ".join(message.split()))[:300]
+        return " ".join(message.split())[:300]
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -117,9 +114,14 @@ def _environment() -> Mapping[str, str]:
     from dotenv import dotenv_values
 
     values: dict[str, str] = {}
-    for folder in (Path(__file__).resolve().parent, Path.cwd()):
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            values |= {name: value for name, value in dotenv_values(folder / ".env").items() if value is not None}
+    for folder in dict.fromkeys((Path(__file__).resolve().parent, Path.cwd())):
+        if os.path.lexists(path := folder / ".env"):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                logger.warning("%s cannot be read (%s)", path, getattr(error, "strerror", None) or error)
+                continue
+            values |= {name: value for name, value in dotenv_values(stream=io.StringIO(text)).items() if value}
     return values | os.environ
 
 
@@ -130,9 +132,11 @@ def _versioned(url: str, variable: str) -> str:
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
         usable = False
+    # What is no address may be a key in the wrong place: it is not shown.
     if not usable or parts.query or parts.fragment or not url.isprintable() or " " in url:
-        shown = re.sub(r"[^/]*@", "***@", url.split("?")[0])
-        raise UserError(f"{variable}: got {shown!r}, must be an address such as http://localhost:4000 or https://host/v1")
+        raise UserError(f"{variable}: must be an address such as http://localhost:4000 or https://host/v1, and is not")
+    if parts.username or parts.password:
+        raise UserError(f"{variable}: holds a user or a password, which would replace the key; leave them out")
     url = url.rstrip("/").removesuffix("/chat/completions")
     has_version = any(re.fullmatch(r"v\d+\w*", part) for part in urlsplit(url).path.split("/"))
     return url if has_version else f"{url}/v1"
@@ -260,12 +264,12 @@ def _refused_parameter(named: Any, words: str, sent: Collection[str]) -> str | N
 
 def _reason(status: int, about_key: bool, address: ModelAddress) -> str:
     if about_key and not address.api_key:
-        return f"{address.place} wants a key, and {address.key_variable} is not set"
+        return f"{address.base_url} wants a key, and {address.key_variable} is not set"
     if about_key:
-        return f"{address.place} refuses the key in {address.key_variable}"
+        return f"{address.base_url} refuses the key in {address.key_variable}"
     if status == 404:
-        return f"{address.place} has no model {address.model!r}, or {address.url_variable} is not its right address"
-    return f"{address.place} refuses the call for model {address.model!r}"
+        return f"{address.base_url} has no model {address.model!r}, or {address.url_variable} is not its right address"
+    return f"{address.base_url} refuses the call for model {address.model!r}"
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

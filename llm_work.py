@@ -43,7 +43,7 @@ CONNECT_SECONDS = 10.0  # to reach the endpoint at all
 UNREADABLE_RETRIES = 1  # each is paid for, and most models repeat themselves
 MOST_DOWN = 10  # questions in a row that fail with all their tries: the endpoint is down
 SECONDS_TO_FINISH = 10.0  # for calls in flight when the work is stopped
-SECONDS_BETWEEN_REFRESHES = 2.0  # how soon an answer that another process paid for is seen
+SECONDS_BETWEEN_REFRESHES = 0.5  # how soon an answer that another process paid for is seen
 SECONDS_BETWEEN_LOG_LINES = 60.0  # where there is no terminal to show a progress bar
 
 
@@ -194,6 +194,7 @@ class Work:
                 unreadable += 1
                 if unreadable > UNREADABLE_RETRIES:
                     raise NoAnswerError(str(error)) from None
+                self.model.usage.retries += 1
             except RefusedParameterError as error:
                 self.do_without(str(error))
             except TransientError as error:
@@ -235,7 +236,7 @@ class Work:
         choices = getattr(completion, "choices", None)
         if not choices or getattr(choices[0], "message", None) is None:
             if not model.usage.calls:
-                what = f"{model.address.place} answers, but not as an OpenAI-compatible endpoint does"
+                what = f"{model.address.base_url} answers, but not as an OpenAI-compatible endpoint does"
                 raise UserError(f"{model.address.flag}: {what}; check {model.address.url_variable}")
             raise TransientError(model.address.clean(f"an answer without a message: {completion}"))
         if choices[0].finish_reason == "content_filter":
@@ -257,11 +258,11 @@ class Work:
         """What it means that a question failed with all its tries."""
         address = self.model.address
         if error.unreached and not self.model.usage.calls:
-            reason = f"{address.place} cannot be reached ({error}); check {address.url_variable}"
+            reason = f"{address.base_url} cannot be reached ({error}); check {address.url_variable}"
             return UserError(f"{address.flag}: {reason}")
         if (error.seconds or 0) > LONGEST_RETRY_AFTER:
             wait = f"asks to wait {error.seconds / 60:.0f} minutes ({error})"
-            return RunError(f"{address.place} {wait}; all answers are kept, the same command goes on")
+            return RunError(f"{address.base_url} {wait}; all answers are kept, the same command goes on")
         return NoAnswerError(f"{error} ({tries} tries)", endpoint_is_ill=True)
 
     def note_failure(self, question: Question, error: NoAnswerError) -> None:
@@ -272,9 +273,8 @@ class Work:
         # A single question that fails proves nothing, unless nothing else was ever answered.
         down = self.ill_in_a_row >= (min(MOST_DOWN, max(3, self.model.concurrency)) if len(self.cache) else 1)
         if down or (too_many and error.endpoint_is_ill):
-            kept = f"{self.answers} answers of this run are kept, " if self.answers else ""
-            address = self.model.address
-            self.stop(RunError(f"{address.name} at {address.place} fails: {error}; {kept}the same command goes on"))
+            where = f"{self.model.address.name} at {self.model.address.base_url}"
+            self.stop(RunError(f"{where} fails: {error}; all answers are kept, the same command goes on"))
         elif too_many:
             self.stop(EnoughFailuresError())
 

@@ -100,7 +100,7 @@ class LocalReranker:
         }
         self.identity = setup | {"prompt": prompt and dataclasses.asdict(prompt)}
         self.usage = None
-        self._cache = RecordCache(cache_dir, setup)
+        self._cache = RecordCache(cache_dir, setup, float)
         self._model: PairModel | None = None
 
     def has_worked(self) -> bool:

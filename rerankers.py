@@ -23,6 +23,7 @@ from local_rerankers import FLAG, LocalReranker
 from model_loading import find_model
 from retrieval_dataset import RetrievalDataset
 
+PREFIXES = ("LiteLLM", "CrossEncoder", "CausalLM")  # OpenAI is left out: openai/… are models too
 CAUSAL_MODELS = ("jhu-clsp/FollowIR-7B",)  # known as such without the prefix CausalLM/
 
 
@@ -113,8 +114,13 @@ def check_reranker(config: ExperimentConfig) -> None:
     if config.optimize_with_gold or not config.needs_teacher:
         return
     kind, model = reranker_kind(config.reranker_model)
+    prefix = config.reranker_model.partition("/")[0]
     if not model.strip():
         raise UserError(f"{FLAG}: got {config.reranker_model!r}, must name a model behind the prefix")
+    if prefix not in PREFIXES and prefix.lower() in (known := {name.lower(): name for name in PREFIXES}):
+        raise UserError(f"{FLAG}: got {config.reranker_model!r}; did you mean {known[prefix.lower()]}/…?")
+    if kind == "endpoint" and model.startswith((".", "/", "~")):
+        raise UserError(f"{FLAG}: {model} is not a folder")
     if kind == "endpoint":
         find_model_address(FLAG, model, "; --optimize_with_gold and cross-encoder/NAME need no endpoint")
 

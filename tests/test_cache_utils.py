@@ -173,11 +173,13 @@ def record_files(cache):
 def test_records_come_back_and_can_be_read_by_people(tmp_path):
     cache = RecordCache(tmp_path, SCORES)
     cache.add("a", 0.25, (100, 1), query="q1")
-    cache.add("b", "A passage\nof two lines, with \u2028 and \ud800 in it")
+    cache.add("b", 1)
     for reader in (cache, RecordCache(tmp_path, SCORES)):
         assert len(reader) == 2 and "a" in reader and "c" not in reader
-        assert (reader["a"].value, reader["a"].tokens) == (0.25, (100, 1))
-        assert reader["b"].value == "A passage\nof two lines, with \u2028 and \ud800 in it"
+        assert (reader["a"].value, reader["a"].tokens, reader["b"].value) == (0.25, (100, 1), 1)
+    text = "A passage\nof two lines, with \u2028 and \ud800 in it"
+    RecordCache(tmp_path, {"kind": "passage"}, str).add("c", text)
+    assert RecordCache(tmp_path, {"kind": "passage"}, str)["c"].value == text
     (file,) = record_files(cache)
     line = json.loads(file.read_bytes().splitlines()[0])
     assert (line["key"], line["value"], line["query"]) == ("a", 0.25, "q1")
@@ -191,9 +193,12 @@ def test_a_record_is_in_the_file_before_its_value_is_used(tmp_path):
         assert str(i) in RecordCache(tmp_path, SCORES)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "", "  \n", [0.5]])
-def test_what_is_no_result_is_never_stored(tmp_path, value):
-    cache = RecordCache(tmp_path, SCORES)
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(float, float("nan")), (float, float("inf")), (float, None), (float, "0.5"), (float, [0.5]), (str, ""), (str, " \n"), (str, 1.0)],
+)
+def test_what_is_no_result_is_never_stored(tmp_path, kind, value):
+    cache = RecordCache(tmp_path, SCORES, kind)
     with pytest.raises(ValueError, match="no value to keep"):
         cache.add("a", value)
     assert "a" not in cache and not cache.folder.exists()
@@ -222,7 +227,17 @@ def test_a_torn_last_line_is_passed_over(tmp_path, torn):
     assert RecordCache(tmp_path, SCORES)["c"].value == 0.9
 
 
-@pytest.mark.parametrize("line", [b"no json", b"[]", b'{"key": "x"}', b'{"value": 1}', b"", b"\x00\x00"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(b"no json", b"[]", b'{"key": "x"}', b'{"value": 1}', b"", b"\x00\x00"),
+        b'{"key": "x", "value": "high", "time": "2026"}',
+        b'{"key": "x", "value": Infinity, "time": "2026"}',
+        b'{"key": "x", "value": 0.5, "time": 2026}',
+        b'{"key": "x", "value": 0.5, "time": "2026", "tokens": [1]}',
+        b'{"key": ["x"], "value": 0.5, "time": "2026"}',
+    ],
+)
 def test_a_damaged_line_costs_only_itself(tmp_path, line, caplog):
     cache = RecordCache(tmp_path, SCORES)
     cache.add("a", 0.1)
@@ -232,6 +247,15 @@ def test_a_damaged_line_costs_only_itself(tmp_path, line, caplog):
     reader = RecordCache(tmp_path, SCORES)
     assert len(reader) == 1 and "a" in reader
     assert "1 damaged lines" in caplog.text
+
+
+def test_what_is_no_file_is_passed_over(tmp_path):
+    cache = RecordCache(tmp_path, SCORES)
+    cache.add("a", 0.1)
+    (cache.folder / "0.jsonl").symlink_to("/nowhere")
+    (cache.folder / "1.jsonl").mkdir()
+    (cache.folder / "notes.txt").write_text("mine")
+    assert "a" in RecordCache(tmp_path, SCORES)
 
 
 def test_a_line_that_is_still_being_written_is_read_when_it_is_whole(tmp_path):
@@ -249,12 +273,12 @@ def test_a_line_that_is_still_being_written_is_read_when_it_is_whole(tmp_path):
 
 
 def test_the_earlier_record_counts_for_every_reader(tmp_path):
-    first, second = RecordCache(tmp_path, SCORES), RecordCache(tmp_path, SCORES)
+    first, second = RecordCache(tmp_path, SCORES, str), RecordCache(tmp_path, SCORES, str)
     first.add("a", "the first passage")
     second.add("a", "another passage")
     assert second["a"].value == "another passage"  # it cannot know yet
     second.refresh()
-    for reader in (first, second, RecordCache(tmp_path, SCORES)):
+    for reader in (first, second, RecordCache(tmp_path, SCORES, str)):
         assert reader["a"].value == "the first passage"
 
 
