@@ -26,8 +26,8 @@ demo: .venv/.run  ## the main job on the Demo dataset: real model, gold teacher,
 	$(BIN)/python embedding_adaptation.py --dataset Demo --embedding_model sentence-transformers/all-MiniLM-L6-v2 \
 		--optimize_with_gold --experiment_name demo
 
-test: .venv/.dev  ## the test suite
-	$(BIN)/python -m pytest
+test: .venv/.dev  ## the test suite, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-gateway: .venv/.dev .venv-gateway/.done  ## a run through a real LiteLLM proxy on this machine (installs it)
 	GATEWAY_BIN=.venv-gateway/bin $(BIN)/python -m pytest -s tests/gateway_check.py

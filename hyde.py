@@ -56,7 +56,7 @@ class HydeWriter:
         self._cache = RecordCache(cache_dir, {"kind": "passage", **about, "parameters": PARAMETERS}, str)
 
     def load(self, dataset: RetrievalDataset) -> None:
-        """Ask for one passage of this run, so that a wrong key, address or model is told before any other work.
+        """Ask for one passage that is missing, so that a wrong key, address or model is told before any other work.
 
         Raises:
             UserError: the endpoint cannot be reached or refuses the call.
@@ -66,10 +66,6 @@ class HydeWriter:
         if missing:
             key, query = in_any_order(missing.items())[0]
             self._ask(dataset, {key: query}, "first passage")
-
-    def is_complete(self, dataset: RetrievalDataset) -> bool:
-        """Whether every passage is there already."""
-        return not self._missing(dataset)
 
     def write(self, dataset: RetrievalDataset) -> list[list[str]]:
         """The passages of each query: as many as could be had, at most ``samples``.

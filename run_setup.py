@@ -108,10 +108,9 @@ def load_models(this: Run) -> None:
     A run whose vectors are all cached, with a teacher that has worked before, may need no model at all.
     """
     must_embed = this.embedder.must_embed(this.texts)
-    must_write = this.hyde is not None and not this.hyde.is_complete(this.dataset)
-    if must_write:
+    if this.hyde:
         this.hyde.load(this.dataset)
-    if this.reranker and (must_embed or must_write or not this.reranker.has_worked()):
+    if this.reranker and (must_embed or not this.reranker.has_worked()):
         this.reranker.load(this.dataset)
     if must_embed:
         this.embedder.load()

@@ -314,14 +314,14 @@ def test_killed_many_times_nothing_is_paid_for_twice(run, endpoint):
     assert figures(run.output / "run") == expected
     stats = server.stats()
     assert stats["successes"] - stats["distinct"] <= 4 * kills  # the calls in flight
-    assert distinct <= stats["distinct"] <= distinct + 1 + kills  # the first question of a run may be about another pair
+    assert abs(stats["distinct"] - distinct) <= 1 + kills  # the first question of a try may be about another pair
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_it_waits_for_what_is_paid_for(run, endpoint, how):
     server = endpoint("--latency", 0.3)
     process = run(server, "--llm_concurrency", "4", wait=False)
-    while not records(run.cache):
+    while len(records(run.cache)) < 5:  # the first comes before the run has its folder
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(how)
