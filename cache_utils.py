@@ -304,7 +304,7 @@ class RecordCache:
                 if not self._is_usable(value) or not isinstance(stamp, str) or len(tokens) != 2:
                     raise ValueError
                 self._keep(key, Record(value, stamp, tokens))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 damaged += 1
         if damaged:
             logger.warning("passing over %d damaged lines of %s", damaged, self.folder / name)

@@ -43,13 +43,17 @@ class HydeWriter:
         model: who writes.
         prompt: what is asked.
         samples: passages a query.
+        max_failed: share of passages that may be missing although the endpoint works.
         cache_dir: where passages are kept.
     """
 
-    def __init__(self, model: LanguageModel, prompt: HydePrompt, samples: int, cache_dir: str) -> None:
+    def __init__(
+        self, model: LanguageModel, prompt: HydePrompt, samples: int, max_failed: float, cache_dir: str
+    ) -> None:
         self.model = model
         self.prompt = prompt
         self.samples = samples
+        self.max_failed = max_failed
         self.name = model.address.name
         self.identity = {"model": self.name, "samples": samples, "prompt": prompt.as_dict()}
         about = {"service": model.address.service, "model": model.address.model}
@@ -111,6 +115,7 @@ class HydeWriter:
             model_parameters(self.model.address, PARAMETERS),
             total=len(missing),
             description=description,
+            bearable=int(self.max_failed * self.samples * len(dataset.queries)),
         )
 
 
@@ -133,4 +138,5 @@ def find_hyde_writer(config: ExperimentConfig, prompts: dict[str, Any], dataset:
         dataset: for its prompt and instruction.
     """
     model = language_model(FLAG, config.hyde_model, config)
-    return HydeWriter(model, hyde_prompt(prompts, dataset), config.hyde_samples, config.cache_dir)
+    prompt = hyde_prompt(prompts, dataset)
+    return HydeWriter(model, prompt, config.hyde_samples, config.max_failed_scores, config.cache_dir)

@@ -110,7 +110,8 @@ class LanguageModel:
         *,
         total: int,
         description: str,
-        most_failures: int | None = None,
+        bearable: int = 0,
+        stops_beyond: bool = False,
     ) -> dict[str, NoAnswerError]:
         """Ask the questions in one event loop; store each value as it comes.
 
@@ -122,7 +123,8 @@ class LanguageModel:
             parameters: of the call, beside model and messages.
             total: how many questions there are.
             description: of the progress bar, which a single question does not get.
-            most_failures: stop early when more questions than this have no answer.
+            bearable: how many questions may stay without an answer.
+            stops_beyond: stop early when more do.
 
         Returns:
             the keys of questions without an answer, and why.
@@ -136,7 +138,9 @@ class LanguageModel:
         """
         check_writable("--cache_dir", cache.folder)
         with tqdm(total=total, unit="call", desc=description, disable=True if total == 1 else None) as bar:
-            work = Work(self, iter(questions), read, cache, dict(parameters), most_failures, total, description, bar)
+            work = Work(
+                self, iter(questions), read, cache, dict(parameters), bearable, stops_beyond, total, description, bar
+            )
             try:
                 stopped_by = asyncio.run(work.run())
             finally:

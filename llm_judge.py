@@ -42,7 +42,7 @@ PARAMETERS = {
     "verbalized": {"temperature": 0.0, "max_tokens": 2048},
 }
 ADVICE = "raise it, or choose another --llm_score_mode or --reranker_model"
-NO_LOGPROBS = "no logprobs"
+LOGPROBS = "logprobs"  # a fact about an address: 1 where it gives them, 0 where it does not
 SCOUTS = 3  # answers without log probabilities that show that the endpoint gives none
 MOST_LOOKED_AT = 1000  # pairs, for one that has no answer yet
 
@@ -123,7 +123,6 @@ class LLMJudge:
         }
         # Two addresses may serve one model differently.
         self._facts = RecordCache(cache_dir, {"kind": "facts", **about, "address": model.address.base_url}, float)
-        self._heard = False  # an answer that could be read
         self._is_fixed = score_mode != "auto"
         self.score_mode: str | None = score_mode if self._is_fixed else None
 
@@ -156,55 +155,65 @@ class LLMJudge:
         silent, failures = 0, []
         for key, pair in first:
             try:
-                failed = self._ask(dataset, mode, {key: pair}, "first question")
+                failed = self._ask(dataset, mode, {key: pair}, "first question", silent_enough=1)
             except NoLogprobsError:
                 silent += 1
                 continue
             if not failed:
                 return
             failures += failed.values()
-        if first and silent == len(first):
+        if silent == SCOUTS or (silent and silent == len(first) and not len(self._caches[mode])):
             self._note_no_logprobs()
         elif failures and all(error.endpoint_is_ill for error in failures):
             where = f"{self.name} at {self.model.address.base_url}"
             raise RunError(f"{where} fails: {failures[0]}; the same command goes on")
 
     def _likely_mode(self) -> str:
-        return self.score_mode or ("verbalized" if NO_LOGPROBS in self._facts else "yes_no")
+        return self.score_mode or ("verbalized" if self._gives_logprobs() is False else "yes_no")
+
+    def _gives_logprobs(self) -> bool | None:
+        """Whether this address gives log probabilities; None where it has yet to show."""
+        return bool(self._facts[LOGPROBS].value) if LOGPROBS in self._facts else None
 
     def _note_no_logprobs(self) -> None:
         """Remember that this endpoint gives no log probabilities.
 
         Raises:
             UserError: the user wants scores that need them.
+            RunError: it has given them before.
         """
+        if self._gives_logprobs():
+            raise RunError(
+                f"{self.name} gave log probabilities before and gives none now; all scores are kept; try again, or "
+                "choose --llm_score_mode verbalized"
+            )
         if self._is_fixed:
             lacks = f"but {self.name} gives no log probabilities; choose verbalized or auto"
             raise UserError(f"--llm_score_mode: got {self.score_mode!r}, {lacks}")
-        self._facts.add(NO_LOGPROBS, 1.0)
+        self._facts.add(LOGPROBS, 0.0)
 
     # --- Scoring ---
 
     def score(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
         """See :class:`rerankers.Reranker`."""
-        if self.score_mode is None and not self._pairs(dataset, sampled, "yes_no").missing(self._caches["yes_no"]):
+        pairs = self._pairs(dataset, sampled, "yes_no" if self.score_mode is None else self.score_mode)
+        if self.score_mode is None and not pairs.missing(self._caches["yes_no"]):
             self.score_mode = "yes_no"  # all there, whatever the endpoint gives today
+        if (mode := self._likely_mode()) == "verbalized" and self.score_mode is None:
+            return self._score_in_numbers(dataset, sampled)
         try:
-            return self._score_in(self._likely_mode(), dataset, sampled)
+            return self._score_pairs(pairs, mode)
         except NoLogprobsError:
-            if self._heard:
-                raise RunError(
-                    f"{self.name} gave log probabilities and refuses them now; all scores are kept; try again, or "
-                    "choose --llm_score_mode verbalized"
-                ) from None
             self._note_no_logprobs()
-            return self._score_in("verbalized", dataset, sampled)
+            return self._score_in_numbers(dataset, sampled)
 
-    def _score_in(self, mode: str, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
-        """Scores in one mode; float32 [Q, K]."""
-        if mode == "verbalized" and not self._is_fixed:
-            logger.warning("%s gives no log probabilities: asking for numbers in the whole run", self.name)
-        cache, pairs = self._caches[mode], self._pairs(dataset, sampled, mode)
+    def _score_in_numbers(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
+        logger.warning("%s gives no log probabilities: asking for numbers in the whole run", self.name)
+        return self._score_pairs(self._pairs(dataset, sampled, "verbalized"), "verbalized")
+
+    def _score_pairs(self, pairs: SampledPairs, mode: str) -> np.ndarray:
+        """Scores of all pairs in one mode; float32 [Q, K]."""
+        dataset, cache = pairs.dataset, self._caches[mode]
         cache.refresh()
         missing = pairs.missing(cache)
         failures = {}
@@ -214,7 +223,10 @@ class LLMJudge:
                 logger.warning("%d documents are cut to %d characters for the judge", len(long), self.max_characters)
             there = len(pairs.first) - len(missing)
             logger.info("%s: asking for %d scores (%s), %d are there", self.name, len(missing), mode, there)
-            failures = self._ask(dataset, mode, missing, "teacher", int(self.max_failed * len(pairs.first)))
+            bearable = int(self.max_failed * len(pairs.first))
+            # Where there are scores, a few questions that are left over may be the ones that never get an answer.
+            enough = SCOUTS if there else min(SCOUTS, len(missing))
+            failures = self._ask(dataset, mode, missing, "teacher", enough, bearable=bearable, stops_beyond=True)
             cache.refresh()  # where another process was sooner, its answer counts for all
         self.model.count_cached(cache, pairs.first)
         pairs.check_failures(failures, self.max_failed, ADVICE)
@@ -230,12 +242,16 @@ class LLMJudge:
         mode: str,
         pairs: dict[str, tuple[int, int]],
         description: str,
-        most_failures: int | None = None,
+        silent_enough: int,
+        **limits: Any,
     ) -> dict[str, NoAnswerError]:
         """Ask about pairs by key; returns why some have no score.
 
+        ``silent_enough`` answers without log probabilities show that an address gives none.
+
         Raises:
-            NoLogprobsError: none of the first answers has any.
+            NoLogprobsError: an address that has yet to show whether it gives log probabilities gives none in its first
+                answers, or one that gives them refuses to.
         """
         silent = 0
 
@@ -251,10 +267,11 @@ class LLMJudge:
                 score = READ[mode](completion)
             except NoLogprobsError:
                 silent += 1
-                if not self._heard and silent >= min(SCOUTS, len(pairs)):
+                if not self._gives_logprobs() and silent >= silent_enough:
                     raise
                 raise UnreadableAnswerError("no log probabilities in the answer") from None
-            self._heard = True
+            if mode == "yes_no" and self._gives_logprobs() is None:
+                self._facts.add(LOGPROBS, 1.0)
             return score
 
         return self.model.answer(
@@ -264,7 +281,7 @@ class LLMJudge:
             model_parameters(self.model.address, PARAMETERS[mode]),
             total=len(pairs),
             description=description,
-            most_failures=most_failures,
+            **limits,
         )
 
     def _key(self, dataset: RetrievalDataset, mode: str, query: int, document: int) -> str:

@@ -22,7 +22,8 @@ OFFICIAL_URL = "https://api.openai.com/v1"
 SERVICES = {"LiteLLM": ("BASE_URL", "API_KEY"), "OpenAI": ("OPENAI_BASE_URL", "OPENAI_API_KEY")}
 TRANSIENT = (408, 409, 429)  # and every 5xx
 FILTER_WORDS = re.compile(r"content[ _]?(filter|policy|management policy)", re.I)
-QUOTA_WORDS = re.compile(r"insufficient_quota|budget", re.I)  # a 429 that waiting does not mend
+# A 429 that waiting does not mend.
+QUOTA_WORDS = re.compile(r"insufficient_quota|exceeded[^.]{0,40}budget|budget[^.]{0,40}exceeded", re.I)
 KEY_WORDS = re.compile(r"api[ _]key|authentication|no connected db", re.I)  # some say 400 where they mean 401
 LENGTH_WORDS = re.compile(r"context[ _]?(length|window|size)|maximum (context|model)|too (long|large|many tok)", re.I)
 REFUSAL_WORDS = re.compile(r"support|allow|permitted|unknown|unexpected|unrecognized|must|at most|only|invalid", re.I)
@@ -234,7 +235,7 @@ def _refusal(
     status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
     message = address.clean(str(body.get("message") or body.get("detail") or error.message))
     words = f"{body.get('code') or ''} {body.get('param') or ''} {message}"
-    spent = QUOTA_WORDS.search(words) is not None
+    spent = status < 500 and QUOTA_WORDS.search(words) is not None
     if (status in TRANSIENT or status >= 500) and not spent:
         seconds = _retry_after(error.response.headers)
         return TransientError(f"{status}: {message}", seconds, rate_limit=status == 429)
@@ -244,12 +245,13 @@ def _refusal(
         return NoAnswerError("the prompt is too long for the model (--judge_max_characters)")
     if name := _refused_parameter(body.get("param"), words, sent):
         return RefusedParameterError(name)
-    about_key = status in (401, 403) or (status == 400 and KEY_WORDS.search(words) is not None)
+    # Once the endpoint has worked, a 400 is about its prompt, and its words may be the prompt's.
+    about_key = status in (401, 403) or (status == 400 and not has_worked and KEY_WORDS.search(words) is not None)
     reason = f"{_reason(status, about_key, address)} ({status}: {message})"
     if about_key or spent or status == 404:
         kept = "; all answers are kept, the same command goes on"
         return RunError(f"{address.flag}: {reason}{kept}") if answered else UserError(f"{address.flag}: {reason}")
-    return NoAnswerError(reason, endpoint_is_ill=True) if has_worked else UserError(f"{address.flag}: {reason}")
+    return NoAnswerError(reason) if has_worked else UserError(f"{address.flag}: {reason}")
 
 
 def _refused_parameter(named: Any, words: str, sent: Collection[str]) -> str | None:

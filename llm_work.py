@@ -79,7 +79,8 @@ class Work:
     read: Callable[[Any], Any]
     cache: RecordCache
     parameters: dict[str, Any]
-    most_failures: int | None
+    bearable: int
+    stops_beyond: bool
     total: int
     description: str
     bar: tqdm
@@ -105,19 +106,17 @@ class Work:
             max_retries=0,
         ) as self.client:
             workers = [asyncio.create_task(self.worker()) for _ in range(min(model.concurrency, self.total))]
-            everything = asyncio.gather(*workers)
+            finished = asyncio.create_task(asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION))
             with self.signals(workers):
-                await asyncio.wait({everything, self.stopped}, return_when=asyncio.FIRST_COMPLETED)
-                if not self.stopped.done():
-                    await everything
-                    return None
-                await asyncio.wait(workers, timeout=SECONDS_TO_FINISH)  # what is in flight is paid for
-            for worker in workers:
-                worker.cancel()
+                await asyncio.wait({finished, self.stopped}, return_when=asyncio.FIRST_COMPLETED)
+                if self.stopped.done():  # what is in flight is paid for
+                    await asyncio.wait(workers, timeout=SECONDS_TO_FINISH)
+            for task in (finished, *workers):
+                task.cancel()
             for outcome in await asyncio.gather(*workers, return_exceptions=True):
                 if isinstance(outcome, Exception):  # a defect must not hide behind the reason for stopping
                     raise outcome
-        return self.stopped.result()
+        return self.stopped.result() if self.stopped.done() else None
 
     @contextlib.contextmanager
     def signals(self, workers: Sequence[asyncio.Task]) -> Iterator[None]:
@@ -201,7 +200,7 @@ class Work:
                 # While others are answered, a 429 only says that there are many of us: it costs time and no try.
                 tries += not (error.rate_limit and self.answers > answers_before)
                 answers_before = self.answers
-                if tries > self.most_retries(error):
+                if tries > self.most_retries(error) or (error.seconds or 0) > LONGEST_RETRY_AFTER:
                     raise self.given_up(error, tries) from None
                 self.model.usage.retries += 1
                 backoff = min(LONGEST_RATE_DELAY if error.rate_limit else LONGEST_DELAY, FIRST_DELAY * 2**waits)
@@ -248,8 +247,6 @@ class Work:
 
     def most_retries(self, error: TransientError) -> int:
         """How often to try again after this."""
-        if (error.seconds or 0) > LONGEST_RETRY_AFTER:
-            return 0
         if error.unreached and not self.model.usage.calls:
             return min(CONNECT_RETRIES, self.model.max_retries)
         return self.model.max_retries
@@ -269,9 +266,10 @@ class Work:
         """Keep the reason; stop the work when there is no sense in going on."""
         self.failures[question.key] = error
         self.ill_in_a_row += error.endpoint_is_ill
-        too_many = self.most_failures is not None and len(self.failures) > self.most_failures
-        # A single question that fails proves nothing, unless nothing else was ever answered.
-        down = self.ill_in_a_row >= (min(MOST_DOWN, max(3, self.model.concurrency)) if len(self.cache) else 1)
+        too_many = self.stops_beyond and len(self.failures) > self.bearable
+        # Where the caller can bear that all fail, they may be the ones that always do: no reason to end the run.
+        many = min(MOST_DOWN, max(3, self.model.concurrency)) if len(self.cache) else 1
+        down = self.ill_in_a_row >= many and self.total > self.bearable
         if down or (too_many and error.endpoint_is_ill):
             where = f"{self.model.address.name} at {self.model.address.base_url}"
             self.stop(RunError(f"{where} fails: {error}; all answers are kept, the same command goes on"))

@@ -1,6 +1,6 @@
 """Teachers: queries with their sampled documents in, scores out; one factory by name. Knows no vector.
 
-A teacher is an object with ``name``, ``identity``, ``score_mode``, ``has_worked()``, ``load(dataset)`` and
+A teacher is an object with ``name``, ``identity``, ``score_mode``, ``usage``, ``has_worked()``, ``load(dataset)`` and
 ``score(dataset, sampled)``. To add one, write such a class and enter its names in ``reranker_kind`` and its making in
 ``find_reranker``. What runs here is in ``local_rerankers.py``, what is asked over a network in ``llm_judge.py``.
 """

@@ -32,6 +32,7 @@ RESOLVED_FLAGS = (
     "optimize_with_gold",
     "hyde_model",
     "hyde_samples",
+    "hyde_average_query",
     "computation_types",
 )
 
@@ -140,7 +141,7 @@ def run_hash(this: Run) -> str:
     flags = {name: value for name, value in this.config.result_flags().items() if name not in RESOLVED_FLAGS}
     templates = {name: value for name, value in this.texts.templates.as_dict().items() if name != "entry"}
     teacher = this.reranker and this.reranker.identity
-    hyde = this.hyde and this.hyde.identity
+    hyde = this.hyde and [this.hyde.identity, this.config.hyde_average_query]
     return short_hash(
         [flags, this.config.variants, this.dataset.fingerprint, this.embedder.setup, templates, teacher, hyde]
     )

@@ -23,6 +23,7 @@ class SampledPairs:
 
     Attributes:
         dataset: whose queries and documents.
+        sampled: int64 [Q, K], document indices; -1 for none.
         places: int64 [P, 2], rows and columns of the sample that hold a document.
         keys: P keys; pairs of equal texts have the same.
         first: key to (query, document), indices of the first such pair.

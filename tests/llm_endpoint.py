@@ -141,7 +141,7 @@ class Endpoint:
         part = share(digest)
         if self.options.shape:
             return misshapen(body, self.options.shape)
-        if body.get("logprobs") and self.options.logprobs:
+        if body.get("logprobs") and self.options.logprobs and share(digest[::-1]) >= self.options.silent:
             yes = 0.98 * part + 0.01
             tops = {" Yes": yes * 0.75, "yes": yes * 0.25, "No": (1 - yes) * 0.9, "yesterday": 0.01}
             top = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in tops.items()]
@@ -191,6 +191,7 @@ def parse_options():
     parser.add_argument("--unreadable", type=float, default=0.0, help="share of prompts whose number is none")
     parser.add_argument("--logprobs", type=int, default=1)
     parser.add_argument("--most_top_logprobs", type=int, default=20)
+    parser.add_argument("--silent", type=float, default=0.0, help="share of prompts answered without logprobs")
     parser.add_argument("--refuse", nargs="*", default=[], help="parameters that end in a 400")
     parser.add_argument("--dies_after", type=float, default=math.inf, help="answers after which every request fails")
     parser.add_argument("--key", default=KEY)

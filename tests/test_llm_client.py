@@ -121,17 +121,18 @@ def test_what_always_failed_for_some_does_not_fail_the_next_run(endpoint, monkey
         with pytest.raises((RunError, UserError)):
             ask(model_at(server, monkeypatch, max_retries=0), cache, 2)
     cache.add("earlier", 0.5)
-    for message, kind in (("fault", "500"), ("the prompt does not please", "400")):
+    for message, kind in (("fault", "500"), ("Invalid input near 'two-factor authentication of the budget'", "400")):
         server = endpoint("--faults", 1, "--kinds", kind, "--message", message)
-        values, failures = ask(model_at(server, monkeypatch, max_retries=0), cache, 2)
-        assert not values and len(failures) == 2 and all(error.endpoint_is_ill for error in failures.values())
+        values, failures = ask(model_at(server, monkeypatch, max_retries=0), cache, 30, bearable=30)
+        assert not values and len(failures) == 30
 
 
 def test_an_endpoint_that_wants_an_hour_is_not_waited_for(endpoint, monkeypatch, cache):
-    server = endpoint("--faults", 1, "--kinds", 429, "--retry_after", 3600)
-    with pytest.raises(RunError, match="asks to wait 60 minutes"):
-        ask(model_at(server, monkeypatch), cache, 5)
-    assert server.stats()["requests"] <= 5
+    for faults in (1, 0.5):  # also while others are answered
+        server = endpoint("--faults", faults, "--kinds", 429, "--retry_after", 3600)
+        with pytest.raises(RunError, match="asks to wait 60 minutes"):
+            ask(model_at(server, monkeypatch), cache, 5)
+        assert server.stats()["requests"] <= 5
 
 
 @pytest.mark.parametrize(("kind", "said"), [("500", "500: fault 500"), ("drop", "disconnected"), ("cut", "peer closed")])
@@ -208,7 +209,7 @@ def test_filtered_prompts_have_no_value_and_are_asked_once(endpoint, monkeypatch
 
 def test_too_many_failures_end_the_work(endpoint, monkeypatch, cache):
     server = endpoint("--filtered", 0.9)
-    _, failures = ask(model_at(server, monkeypatch, concurrency=4), cache, 300, most_failures=3)
+    _, failures = ask(model_at(server, monkeypatch, concurrency=4), cache, 300, bearable=3, stops_beyond=True)
     assert len(failures) > 3 and {str(error) for error in failures.values()} == {"content filter"}
     assert server.stats()["requests"] < 30
 

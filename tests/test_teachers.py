@@ -270,6 +270,27 @@ def test_without_logprobs_the_whole_run_asks_for_numbers(run, endpoint, how):
     assert len(modes) == 2 and len(set.intersection(*modes.values())) == 0
 
 
+def test_a_few_answers_without_logprobs_do_not_turn_a_run_around(run, endpoint):
+    """Neither in the run itself nor in the next one, which asks for the missing scores and only for them."""
+    server = endpoint("--silent", 0.04)
+    for _ in range(2):
+        run(server, "--max_failed_scores", "0.2")
+        teacher = read_json(run.output / "run" / "summary.json")["teacher"]
+        assert teacher["score_mode"] == "yes_no" and 0 < teacher["missing"] < 15
+    assert not [path for path in run.cache.glob("records/score-*/setup.json") if "verbalized" in path.read_text()]
+
+
+def test_scores_that_are_all_there_are_used_whatever_the_endpoint_gives_today(run, endpoint):
+    run(endpoint())
+    before, silent = figures(run.output / "run"), endpoint("--logprobs", 0)
+    run(silent)
+    assert figures(run.output / "run") == before and "requests" not in silent.stats()
+    run(silent, "--total_scores", "25", name="more")
+    assert read_json(run.output / "more" / "config.json")["teacher"]["score_mode"] == "verbalized"
+    run(silent)
+    assert figures(run.output / "run") == before
+
+
 def test_a_mode_that_the_endpoint_cannot_give_is_told_before_anything(run, endpoint, tmp_path):
     done = run(endpoint("--logprobs", 0), "--llm_score_mode", "yes_no", check=False)
     assert "--llm_score_mode: got 'yes_no', but LiteLLM/judge-1 gives no log probabilities" in error_line(done, 2)
@@ -330,6 +351,18 @@ def test_asked_to_stop_it_waits_for_what_is_paid_for(run, endpoint, how):
     assert "the same command goes on" in stderr.splitlines()[-1]
     assert len(records(run.cache)) == server.stats()["successes"] < 120
     assert read_json(run.output / "run" / "config.json")["status"] == "interrupted"
+
+
+def test_asked_to_stop_twice_it_ends_at_once(run, endpoint):
+    process = run(endpoint("--latency", 4), wait=False)
+    time.sleep(3)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    stopped = time.monotonic()
+    _, stderr = process.communicate()
+    assert process.returncode == 130 and time.monotonic() - stopped < 2
+    assert "Traceback" not in stderr and "never retrieved" not in stderr
 
 
 def test_four_models_at_once_share_one_cache(run, endpoint, tiny_models):
