@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -324,13 +325,17 @@ def test_killed_many_times_nothing_is_paid_for_twice(run, endpoint):
     shutil.rmtree(run.cache / "records")
     server, kills = endpoint("--latency", 0.15), 0
     flags = ["--hyde_model", MODEL, "--llm_concurrency", "4", "--computation_types", "optimized", "hyde", "optimized_hyde"]
-    for moment in (1.3, 2.0, 2.5, 3.0):
+    for more in (0, 2, 7, 30):
+        already = server.stats().get("requests", 0)
         process = run(server, *flags, wait=False)
-        time.sleep(moment)
+        while server.stats().get("requests", 0) <= already + more:
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(random.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
         process.stderr.close()
-    assert kills >= 3 and len(records(run.cache)) > 0
+    assert kills == 4 and len(records(run.cache)) > 0
     run(server, *flags, "--llm_concurrency", "32")
     assert figures(run.output / "run") == expected
     stats = server.stats()
@@ -354,8 +359,11 @@ def test_asked_to_stop_it_waits_for_what_is_paid_for(run, endpoint, how):
 
 
 def test_asked_to_stop_twice_it_ends_at_once(run, endpoint):
-    process = run(endpoint("--latency", 4), wait=False)
-    time.sleep(3)
+    server = endpoint("--latency", 6)
+    process = run(server, wait=False)
+    while not server.stats()["in_flight"]:
+        assert process.poll() is None
+        time.sleep(0.05)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
