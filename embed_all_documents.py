@@ -46,7 +46,7 @@ def main() -> None:
     prompts = check_inputs(config)
     device = choose_device(config.device)
     dataset = load_dataset(config.dataset, config.data_dir)
-    texts = fill_templates(templates_for(prompts, config.embedding_model, dataset.name), dataset)
+    texts = fill_templates(templates_for(prompts, config.embedding_model, dataset), dataset)
     embedder = make_embedder(config, device)
 
     started = time.perf_counter()

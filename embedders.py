@@ -10,27 +10,24 @@ import contextlib
 import logging
 import math
 import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cache_utils import SHARD_BYTES, VectorCache, text_keys
 from devices import free_device_memory, is_out_of_memory
 from errors import RunError, UserError, check_writable
 from instruction_templates import FilledTexts, known_name
 from model_loading import ModelSource, load_model, remote_code_message
+from run_log import Progress
 
 logger = logging.getLogger(__name__)
 
 # A shard is one piece of work: what a kill costs at most. Long texts and long vectors make it smaller.
 CHUNK_TEXTS, CHUNK_CHARACTERS = 4096, 1_000_000
 MOST_DIMENSIONS = 8192  # taken for models that do not say theirs
-SECONDS_BETWEEN_LOG_LINES = 60  # where there is no terminal to show a progress bar
 # A batch holds --embedder_batch_size texts of this many tokens or longer, or more of shorter ones to the same amount.
 FULL_TEXT_TOKENS = 256
 
@@ -112,7 +109,7 @@ class TextEmbedder:
         if self.dtype == "auto":
             self.dtype = self.settings.dtype
         self.setup = {
-            "model": Path(self.source.name).name if self.source.revision is None else self.source.name,
+            "model": self.source.label,
             "identity": self.source.identity,
             "dtype": self.dtype,
             "max_tokens": self.max_tokens,
@@ -178,18 +175,14 @@ class TextEmbedder:
         chunks = list(_chunks(places, texts, max(1, min(CHUNK_TEXTS, SHARD_BYTES // (4 * dimension)))))
         # Processes that embed the same corpus at once start at different pieces and pass over those of the others.
         start = random.SystemRandom().randrange(len(chunks)) if len(chunks) > 1 else 0
-        said = time.monotonic()
-        with tqdm(total=len(places), unit="text", desc=f"embed {role}", disable=None) as bar:
-            for number, chunk in enumerate(chunks[start:] + chunks[:start], 1):
+        with Progress(len(places), "text", f"embed {role}") as progress:
+            for chunk in chunks[start:] + chunks[:start]:
                 self.cache.refresh()
                 missing_places = chunk[~self.cache.contains(keys[chunk])]
-                bar.update(len(chunk) - len(missing_places))
+                progress.update(len(chunk) - len(missing_places))
                 if len(missing_places):
-                    vectors = self._encode([texts[i] for i in missing_places], role, bar.update)
+                    vectors = self._encode([texts[i] for i in missing_places], role, progress.update)
                     self._store(keys[missing_places], vectors)
-                if bar.disable and time.monotonic() - said > SECONDS_BETWEEN_LOG_LINES:
-                    said = time.monotonic()
-                    logger.info("embed %s: %d of %d pieces done", role, number, len(chunks))
         return keys
 
     def _store(self, keys: np.ndarray, vectors: np.ndarray) -> None:

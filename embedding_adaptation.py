@@ -80,11 +80,11 @@ def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
         device = choose_device(config.device)
     with stage("load dataset", seconds):
         dataset = load_dataset(config.dataset, config.data_dir)
-        texts = fill_templates(templates_for(prompts, config.embedding_model, dataset.name), dataset)
+        texts = fill_templates(templates_for(prompts, config.embedding_model, dataset), dataset)
     with stage("load models", seconds):
         this = prepare(config, device, prompts, dataset, texts)
         digest = run_hash(this)
-        name = config.experiment_name or default_name(config, digest)
+        name = config.experiment_name or default_name(this, digest)
         folder = RunFolder(Path(config.output_dir) / name)
         folder.check()
         load_models(this)
@@ -97,7 +97,7 @@ def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
         "flags": dataclasses.asdict(config),
         "teacher": this.teacher | {"identity": this.reranker and this.reranker.identity},
         "hyde": this.hyde and {"name": this.hyde.name, "identity": this.hyde.identity},
-        "templates": texts.templates.as_dict(),
+        "templates": dataclasses.asdict(texts.templates),
         "dataset": dataset.describe(),
         "model": dataclasses.asdict(this.embedder.source) | {"dtype": this.embedder.dtype},
         "device": device,
@@ -360,8 +360,8 @@ def report(this: Run, summary: dict[str, Any], folder: RunFolder) -> None:
     if summary.get("language_models"):
         print()
     for role, usage in summary.get("language_models", {}).items():
-        cost = "" if "cost" not in usage else f"; cost {usage['cost'] or 0:.4f}"
-        if usage.get("cost", 0) is None:
+        cost = f"; cost {usage['cost']:.4f}" if usage.get("cost") is not None else ""
+        if "cost" in usage and not cost:
             cost = "; cost unknown, the endpoint tells no tokens"
         print(
             f"{role}: {usage['calls']} calls ({usage['input_tokens']} tokens in, {usage['output_tokens']} out{cost}), "

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
-from cache_utils import RecordCache, record_key
+from cache_utils import record_key
 from errors import RunError
 from experiment_config import ExperimentConfig
 from instruction_templates import HydePrompt, hyde_prompt
 from llm_client import LanguageModel, in_any_order, language_model
-from llm_services import NoAnswerError, UnreadableAnswerError, find_model_address, model_parameters, without_thoughts
+from llm_services import NoAnswerError, UnreadableAnswerError, find_model_address, without_thoughts
 from llm_work import Question
 from retrieval_dataset import RetrievalDataset
 
@@ -55,9 +56,8 @@ class HydeWriter:
         self.samples = samples
         self.max_failed = max_failed
         self.name = model.address.name
-        self.identity = {"model": self.name, "samples": samples, "prompt": prompt.as_dict()}
-        about = {"service": model.address.service, "model": model.address.model}
-        self._cache = RecordCache(cache_dir, {"kind": "passage", **about, "parameters": PARAMETERS}, str)
+        self.identity = {"model": self.name, "samples": samples, "prompt": asdict(prompt)}
+        self._cache = model.records(cache_dir, "passage", str, parameters=PARAMETERS)
 
     def load(self, dataset: RetrievalDataset) -> None:
         """Ask for one passage that is missing, so that a wrong key, address or model is told before any other work.
@@ -66,8 +66,7 @@ class HydeWriter:
             UserError: the endpoint cannot be reached or refuses the call.
             RunError: it is down.
         """
-        missing = self._missing(dataset)
-        if missing:
+        if missing := self._missing(self._keys(dataset)):
             key, query = in_any_order(missing.items())[0]
             self._ask(dataset, {key: query}, "first passage")
 
@@ -78,8 +77,8 @@ class HydeWriter:
             RunError: the endpoint is down, or no query has a passage; the passages so far are kept.
         """
         self._cache.refresh()
-        keys = [self._keys(query) for query in dataset.queries]
-        if missing := self._missing(dataset):
+        keys = self._keys(dataset)
+        if missing := self._missing(keys):
             logger.info("%s: asking for %d passages", self.name, len(missing))
             failures = self._ask(dataset, missing, "passages")
             self._cache.refresh()  # where another process was sooner, its passage counts for all
@@ -91,13 +90,14 @@ class HydeWriter:
         self.model.count_cached(self._cache, {key for own in keys for key in own})
         return [[self._cache[key].value for key in own if key in self._cache] for own in keys]
 
-    def _keys(self, query: str) -> list[str]:
-        messages = self._messages(query)
-        return [record_key([messages, sample]) for sample in range(self.samples)]
+    def _keys(self, dataset: RetrievalDataset) -> list[list[str]]:
+        """The keys of each query's passages."""
+        every = map(self._messages, dataset.queries)
+        return [[record_key([messages, sample]) for sample in range(self.samples)] for messages in every]
 
-    def _missing(self, dataset: RetrievalDataset) -> dict[str, int]:
-        keys = ((key, i) for i, query in enumerate(dataset.queries) for key in self._keys(query))
-        return {key: i for key, i in keys if key not in self._cache}
+    def _missing(self, keys: list[list[str]]) -> dict[str, int]:
+        """The passages that are not there yet: key to query."""
+        return {key: query for query, own in enumerate(keys) for key in own if key not in self._cache}
 
     def _messages(self, query: str) -> list[dict[str, str]]:
         return [{"role": "user", "content": self.prompt.fill(query)}]
@@ -112,7 +112,7 @@ class HydeWriter:
             questions(),
             read_passage,
             self._cache,
-            model_parameters(self.model.address, PARAMETERS),
+            PARAMETERS,
             total=len(missing),
             description=description,
             bearable=int(self.max_failed * self.samples * len(dataset.queries)),

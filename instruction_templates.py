@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,6 @@ class EmbeddingTemplates:
     def fill_document(self, text: str) -> str:
         """The document as it is embedded."""
         return _fill(self.document, text=text)
-
-    def as_dict(self) -> dict[str, str]:
-        """For ``config.json``."""
-        return asdict(self)
 
 
 def _fill(template: str, **values: str) -> str:
@@ -179,21 +175,26 @@ def known_name(model: str, names: Iterable[str]) -> str | None:
     return next((name for name in names if name.rsplit("/", 1)[-1] == last), None)
 
 
-def templates_for(content: dict[str, Any], embedding_model: str, dataset_name: str) -> EmbeddingTemplates:
+def _instruction(content: dict[str, Any], dataset: RetrievalDataset) -> str:
+    """A dataset's instruction: a folder dataset's own, else the file's, else its default."""
+    instructions = content["dataset_instructions"]
+    return dataset.instruction or instructions.get(dataset.name, instructions["default"])
+
+
+def templates_for(content: dict[str, Any], embedding_model: str, dataset: RetrievalDataset) -> EmbeddingTemplates:
     """The templates of one model on one dataset.
 
     Args:
         content: from :func:`read_templates`.
         embedding_model: looked up with :func:`known_name`, then ``default``.
-        dataset_name: looked up in ``dataset_instructions``, then ``default``.
+        dataset: for its instruction.
     """
     entries = content["embedding_models"]
     entry = known_name(embedding_model, entries) or "default"
-    instructions = content["dataset_instructions"]
     return EmbeddingTemplates(
         query=entries[entry]["query"],
         document=entries[entry]["document"],
-        instruction=instructions.get(dataset_name, instructions["default"]),
+        instruction=_instruction(content, dataset),
         entry=entry,
     )
 
@@ -208,9 +209,7 @@ class FilledTexts:
 
 
 def fill_templates(templates: EmbeddingTemplates, dataset: RetrievalDataset) -> FilledTexts:
-    """Put a dataset's texts into templates; a folder dataset's own instruction goes before the file's."""
-    if dataset.instruction:
-        templates = replace(templates, instruction=dataset.instruction)
+    """Put a dataset's texts into templates."""
     return FilledTexts(
         documents=[templates.fill_document(text) for text in dataset.documents],
         queries=[templates.fill_query(text) for text in dataset.queries],
@@ -238,10 +237,6 @@ class JudgePrompts:
         """The prompt for one pair; ``mode`` is "yes_no" or "verbalized"."""
         return _fill(getattr(self, mode), task=self.task, query=query, document=document)
 
-    def as_dict(self) -> dict[str, str]:
-        """For the run's hash and ``config.json``."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class HydePrompt:
@@ -249,10 +244,6 @@ class HydePrompt:
 
     template: str
     instruction: str
-
-    def as_dict(self) -> dict[str, str]:
-        """For the run's hash and ``config.json``."""
-        return asdict(self)
 
     def fill(self, query: str) -> str:
         """The prompt for one query."""
@@ -279,18 +270,17 @@ class CausalPrompt:
         return _fill(self.prompt, task=self.task, query=query, document=document)
 
 
-def _instruction(content: dict[str, Any], dataset: RetrievalDataset) -> str:
-    instructions = content["dataset_instructions"]
-    return dataset.instruction or instructions.get(dataset.name, instructions["default"])
+def _task(template: str, otherwise: str, content: dict[str, Any], dataset: RetrievalDataset) -> str:
+    """What tells a teacher its task; only classification datasets do."""
+    if dataset.task_type != "classification":
+        return otherwise
+    return _fill(template, instruction=_instruction(content, dataset))
 
 
 def judge_prompts(content: dict[str, Any], dataset: RetrievalDataset) -> JudgePrompts:
-    """The judge's prompts on one dataset; only classification datasets tell it their instruction."""
+    """The judge's prompts on one dataset."""
     section = content["judge_prompts"]
-    task = ""
-    if dataset.task_type == "classification":
-        task = _fill(section["task"], instruction=_instruction(content, dataset))
-    return JudgePrompts(section["yes_no"], section["verbalized"], task)
+    return JudgePrompts(section["yes_no"], section["verbalized"], _task(section["task"], "", content, dataset))
 
 
 def hyde_prompt(content: dict[str, Any], dataset: RetrievalDataset) -> HydePrompt:
@@ -303,7 +293,5 @@ def causal_prompt(content: dict[str, Any], model: str, dataset: RetrievalDataset
     """The prompt of one causal reranker, looked up with :func:`known_name`, on one dataset."""
     section = content["causal_rerankers"]
     entry = section[known_name(model, section) or "default"]
-    task = entry["no_task"]
-    if dataset.task_type == "classification":
-        task = _fill(entry["task"], instruction=_instruction(content, dataset))
+    task = _task(entry["task"], entry["no_task"], content, dataset)
     return CausalPrompt(entry["prompt"], task, tuple(entry["yes"]), tuple(entry["no"]))

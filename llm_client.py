@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
 from cache_utils import RecordCache
 from errors import check_writable
 from experiment_config import ExperimentConfig
-from llm_services import ModelAddress, NoAnswerError, find_model_address
-from llm_work import EnoughFailuresError, Question, Work
+from llm_services import ModelAddress, NoAnswerError, find_model_address, model_parameters
+from llm_work import Question, Work
+from run_log import Progress
 
 
 @dataclass
@@ -95,6 +94,11 @@ class LanguageModel:
     refused: set[str] = field(default_factory=set)
     stored: set[str] = field(default_factory=set)
 
+    def records(self, cache_dir: str, kind: str, values: type[float] | type[str], **setup: Any) -> RecordCache:
+        """The cache of one kind of this model's answers; ``setup`` is what else changes them."""
+        about = {"kind": kind, "service": self.address.service, "model": self.address.model}
+        return RecordCache(cache_dir, about | setup, values)
+
     def count_cached(self, cache: RecordCache, keys: Iterable[str]) -> None:
         """Count the answers that are in the cache and were not paid for by this object."""
         for key in keys:
@@ -120,7 +124,7 @@ class LanguageModel:
             read: from a completion (``openai.types.chat.ChatCompletion``) to its value; may raise
                 :class:`UnreadableAnswerError`, :class:`NoAnswerError` or :class:`NoLogprobsError`.
             cache: where values go; what another process stored there meanwhile is not asked again.
-            parameters: of the call, beside model and messages.
+            parameters: of the call, beside model and messages; sent as this service and model want them.
             total: how many questions there are.
             description: of the progress bar, which a single question does not get.
             bearable: how many questions may stay without an answer.
@@ -137,15 +141,14 @@ class LanguageModel:
             KeyboardInterrupt: after Ctrl-C or SIGTERM, when the calls in flight have come back.
         """
         check_writable("--cache_dir", cache.folder)
-        with tqdm(total=total, unit="call", desc=description, disable=True if total == 1 else None) as bar:
-            work = Work(
-                self, iter(questions), read, cache, dict(parameters), bearable, stops_beyond, total, description, bar
-            )
+        sent = model_parameters(self.address, parameters)
+        with Progress(total, "call", description, bar=total > 1) as progress:
+            work = Work(self, iter(questions), read, cache, sent, bearable, stops_beyond, total, progress)
             try:
                 stopped_by = asyncio.run(work.run())
             finally:
                 cache.sync()
-        if stopped_by is not None and not isinstance(stopped_by, EnoughFailuresError):
+        if stopped_by is not None:
             raise stopped_by
         return work.failures
 

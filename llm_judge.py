@@ -10,12 +10,13 @@ import logging
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from cache_utils import RecordCache, record_key
+from cache_utils import record_key
 from errors import RunError, UserError
 from instruction_templates import JudgePrompts
 from llm_client import LanguageModel, Usage, in_any_order
@@ -23,7 +24,6 @@ from llm_services import (
     NoAnswerError,
     NoLogprobsError,
     UnreadableAnswerError,
-    model_parameters,
     without_thoughts,
 )
 from llm_work import Question
@@ -115,14 +115,13 @@ class LLMJudge:
         self.max_characters = max_characters
         self.max_failed = max_failed
         self.name = model.address.name
-        self.identity = {"model": self.name, "mode": score_mode, "prompts": prompts.as_dict(), "cut": max_characters}
-        about = {"service": model.address.service, "model": model.address.model}
+        self.identity = {"model": self.name, "mode": score_mode, "prompts": asdict(prompts), "cut": max_characters}
         self._caches = {
-            mode: RecordCache(cache_dir, {"kind": "score", **about, "mode": mode, "parameters": parameters}, float)
+            mode: model.records(cache_dir, "score", float, mode=mode, parameters=parameters)
             for mode, parameters in PARAMETERS.items()
         }
         # Two addresses may serve one model differently.
-        self._facts = RecordCache(cache_dir, {"kind": "facts", **about, "address": model.address.base_url}, float)
+        self._facts = model.records(cache_dir, "facts", float, address=model.address.base_url)
         self._is_fixed = score_mode != "auto"
         self.score_mode: str | None = score_mode if self._is_fixed else None
 
@@ -278,7 +277,7 @@ class LLMJudge:
             questions(),
             read,
             self._caches[mode],
-            model_parameters(self.model.address, PARAMETERS[mode]),
+            PARAMETERS[mode],
             total=len(pairs),
             description=description,
             **limits,

@@ -29,6 +29,7 @@ from llm_services import (
     UnreadableAnswerError,
     what_failed,
 )
+from run_log import Progress
 
 if TYPE_CHECKING:
     from llm_client import LanguageModel
@@ -44,7 +45,6 @@ UNREADABLE_RETRIES = 1  # each is paid for, and most models repeat themselves
 MOST_DOWN = 10  # questions in a row that fail with all their tries: the endpoint is down
 SECONDS_TO_FINISH = 10.0  # for calls in flight when the work is stopped
 SECONDS_BETWEEN_REFRESHES = 0.5  # how soon an answer that another process paid for is seen
-SECONDS_BETWEEN_LOG_LINES = 60.0  # where there is no terminal to show a progress bar
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,6 @@ class _StoppedError(Exception):
     """The work was stopped while this question waited for its next try."""
 
 
-class EnoughFailuresError(Exception):
-    """So many questions have no answer that the others need not be asked."""
-
-
 @dataclass
 class Work:
     """Some questions on their way: as many workers as calls may be in flight take from one iterator."""
@@ -82,18 +78,16 @@ class Work:
     bearable: int
     stops_beyond: bool
     total: int
-    description: str
-    bar: tqdm
+    progress: Progress
     client: Any = None
-    stopped: asyncio.Future[BaseException] | None = None
+    stopped: asyncio.Future[BaseException | None] | None = None
     failures: dict[str, NoAnswerError] = field(default_factory=dict)
     answers: int = 0
     ill_in_a_row: int = 0
     next_refresh: float = field(default_factory=lambda: time.monotonic() + SECONDS_BETWEEN_REFRESHES)
-    said: float = field(default_factory=time.monotonic)
 
     async def run(self) -> BaseException | None:
-        """Ask all; returns what stopped the work early, or None."""
+        """Ask all, or enough; returns what is to be raised when the work was stopped, or None."""
         import openai
 
         address, model = self.model.address, self.model
@@ -144,8 +138,8 @@ class Work:
                 loop.remove_signal_handler(number)
                 signal.signal(number, handler)
 
-    def stop(self, reason: BaseException) -> None:
-        """Let no worker begin another question."""
+    def stop(self, reason: BaseException | None) -> None:
+        """Let no worker begin another question; None where that is no error."""
         if not self.stopped.done():
             self.stopped.set_result(reason)
 
@@ -274,7 +268,7 @@ class Work:
             where = f"{self.model.address.name} at {self.model.address.base_url}"
             self.stop(RunError(f"{where} fails: {error}; all answers are kept, the same command goes on"))
         elif too_many:
-            self.stop(EnoughFailuresError())
+            self.stop(None)
 
     # --- Parameters, progress ---
 
@@ -294,13 +288,7 @@ class Work:
             logger.warning("%s does not take %s as it was sent; going on without", self.model.address.name, name)
 
     def show_progress(self) -> None:
-        """Move the bar; without a terminal, say a line now and then."""
+        """Count a question as done."""
         usage = self.model.usage
         tokens = tqdm.format_sizeof(usage.input_tokens + usage.output_tokens)
-        said = f"failed {len(self.failures)}, retries {usage.retries}, tokens {tokens}"
-        self.bar.set_postfix_str(said, refresh=False)
-        self.bar.update()
-        if self.bar.disable and time.monotonic() - self.said > SECONDS_BETWEEN_LOG_LINES:
-            self.said = time.monotonic()
-            done = f"{self.answers} of {self.total} calls done"
-            logger.info("%s: %s, %s", self.description, done, said)
+        self.progress.update(1, f"failed {len(self.failures)}, retries {usage.retries}, tokens {tokens}")

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from cache_utils import RecordCache, record_key
 from devices import free_device_memory, is_out_of_memory
@@ -21,6 +20,7 @@ from errors import RunError, UserError
 from instruction_templates import CausalPrompt
 from model_loading import ModelSource, load_model
 from retrieval_dataset import RetrievalDataset
+from run_log import Progress
 from sampled_pairs import SampledPairs, sampled_pairs
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class LocalReranker:
         self.prompt = prompt
         setup = {
             "kind": "score",
-            "model": source.name if source.revision else source.location.rstrip("/").rsplit("/", 1)[-1],
+            "model": source.label,
             "identity": source.identity,
             "mode": self.score_mode,
             "dtype": dtype,
@@ -129,12 +129,12 @@ class LocalReranker:
 
         pairs = sampled_pairs(dataset, sampled, lambda query, document: record_key(text_of(query, document)))
         self._cache.refresh()
-        failures = self._score_missing(pairs) if pairs.missing(self._cache) else {}
+        missing = pairs.missing(self._cache)
+        failures = self._score_missing(pairs, missing) if missing else {}
         pairs.check_failures(failures, self.max_failed, ADVICE)
         return pairs.scores(self._cache)
 
-    def _score_missing(self, pairs: SampledPairs) -> dict[str, str]:
-        missing = pairs.missing(self._cache)
+    def _score_missing(self, pairs: SampledPairs, missing: dict[str, tuple[int, int]]) -> dict[str, str]:
         if self._model is None:
             self.load(pairs.dataset)
         self._move(self.device)
@@ -148,7 +148,7 @@ class LocalReranker:
             logger.warning("%d of %d pairs are cut to %d tokens for %s", cut, len(texts), self._model.limit, self.name)
         order = np.argsort(-lengths, kind="stable")
         done = 0
-        with tqdm(total=len(order), unit="pair", desc="teacher", disable=None) as bar:
+        with Progress(len(order), "pair", "teacher") as progress:
             while done < len(order):
                 part = order[done : done + self.batch_size]
                 scores = self._score_batch([texts[i] for i in part])
@@ -160,7 +160,7 @@ class LocalReranker:
                     else:
                         failures[keys[i]] = "no finite score, or a query longer than --reranker_max_tokens"
                 done += len(scores)
-                bar.update(len(scores))
+                progress.update(len(scores))
         self._cache.sync()
         self._move("cpu")
         free_device_memory()

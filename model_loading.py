@@ -44,6 +44,11 @@ class ModelSource:
     revision: str | None
     identity: str
 
+    @property
+    def label(self) -> str:
+        """The name for people: a hub model's whole name, a folder's last part."""
+        return self.name if self.revision else Path(self.name).name
+
 
 def find_model(name: str, revision: str = "main", flag: str = "--embedding_model") -> ModelSource:
     """Find out which model a name stands for, without loading it.

@@ -1,12 +1,18 @@
-"""Where the log goes: the terminal, and the run's folder once there is one."""
+"""Where the log goes: the terminal, and the run's folder once there is one; and how far long work is."""
 
 from __future__ import annotations
 
 import logging
 import logging.handlers
+import time
 from pathlib import Path
+from typing import Any
 
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 KEPT_LINES = 10_000
+SECONDS_BETWEEN_LOG_LINES = 60.0  # where there is no terminal to show a progress bar
 QUIET_LIBRARIES = (
     *("sentence_transformers", "transformers", "huggingface_hub", "datasets"),
     *("httpx", "httpx2", "httpcore", "openai", "asyncio"),
@@ -38,3 +44,36 @@ def log_to_file(memory: logging.handlers.MemoryHandler, path: Path) -> None:
     root = logging.getLogger()
     root.removeHandler(memory)
     root.addHandler(file)
+
+
+class Progress:
+    """How far long work is: a bar on a terminal, elsewhere a line in the log now and then.
+
+    Args:
+        total: units of work.
+        unit: what one is called.
+        description: of the work.
+        bar: whether a terminal gets one.
+    """
+
+    def __init__(self, total: int, unit: str, description: str, bar: bool = True) -> None:
+        self._total, self._unit, self._description = total, unit, description
+        self._bar = tqdm(total=total, unit=unit, desc=description, disable=None if bar else True)
+        self._done = 0
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+    def update(self, count: int = 1, details: str = "") -> None:
+        """Count some units as done; ``details`` are what else there is to say at this moment."""
+        self._done += count
+        self._bar.set_postfix_str(details, refresh=False)
+        self._bar.update(count)
+        if self._bar.disable and time.monotonic() - self._said > SECONDS_BETWEEN_LOG_LINES:
+            self._said = time.monotonic()
+            far = f"{self._done} of {self._total} {self._unit}s done"
+            logger.info("%s: %s", self._description, ", ".join(filter(None, (far, details))))

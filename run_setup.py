@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def run_hash(this: Run) -> str:
     endpoint has answered, and stands in ``config.json`` beside the hash.
     """
     flags = {name: value for name, value in this.config.result_flags().items() if name not in RESOLVED_FLAGS}
-    templates = {name: value for name, value in this.texts.templates.as_dict().items() if name != "entry"}
+    templates = {name: value for name, value in asdict(this.texts.templates).items() if name != "entry"}
     teacher = this.reranker and this.reranker.identity
     hyde = this.hyde and [this.hyde.identity, this.config.hyde_average_query]
     return short_hash(
@@ -147,8 +147,7 @@ def run_hash(this: Run) -> str:
     )
 
 
-def default_name(config: ExperimentConfig, digest: str) -> str:
+def default_name(this: Run, digest: str) -> str:
     """``<dataset>_<model>_<hash>``: the same experiment gives the same folder."""
-    model = config.embedding_model.rstrip("/").rsplit("/", 1)[-1]
-    dataset = Path(config.dataset).resolve().name if is_folder(config.dataset) else config.dataset
-    return f"{slug(dataset)}_{slug(model)}_{digest}"
+    model = this.config.embedding_model.rstrip("/").rsplit("/", 1)[-1]
+    return f"{slug(this.dataset.name)}_{slug(model)}_{digest}"

@@ -98,7 +98,7 @@ def test_a_rate_limit_costs_time_and_no_answer(endpoint, monkeypatch, cache, ret
 
 
 def test_long_work_without_a_terminal_says_how_far_it_is(endpoint, monkeypatch, cache, caplog):
-    monkeypatch.setattr("llm_work.SECONDS_BETWEEN_LOG_LINES", 0.0)
+    monkeypatch.setattr("run_log.SECONDS_BETWEEN_LOG_LINES", 0.0)
     caplog.set_level("INFO")
     ask(model_at(endpoint(), monkeypatch), cache, 5)
     assert "test: 5 of 5 calls done, failed 0" in caplog.text
