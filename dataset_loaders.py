@@ -2,7 +2,7 @@
 
 A classification dataset is read as retrieval: the class description is the query, its utterances the documents.
 What lies under ``data_dir`` in upstream layout is used; what is missing is downloaded there. To add a dataset, write
-a function ``(data_dir) -> RetrievalDataset`` and enter it in ``LOADERS``.
+a function ``(data_dir) -> RetrievalDataset`` and enter it in ``DATASETS``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,19 @@ from scipy.sparse import csr_array
 
 from downloads import fetch, hub_endpoint, hub_is_reachable, open_zip, read_member
 from errors import UserError, is_folder
-from folder_dataset import load_folder
-from retrieval_dataset import RetrievalDataset, join_title, pairs_to_matrix, read_csv, read_json, read_json_lines
+from folder_dataset import folder_facts, load_folder
+from retrieval_dataset import (
+    DatasetFacts,
+    RetrievalDataset,
+    join_title,
+    pairs_to_matrix,
+    read_csv,
+    read_json,
+    read_json_lines,
+)
 
 logger = logging.getLogger(__name__)
-HERE = Path(__file__).resolve().parent
+DEMO_FOLDER = Path(__file__).resolve().parent / "data" / "demo"
 REAL_SCHOLAR_DOCUMENTS = 25_000
 REAL_SCHOLAR_SEED = 42
 
@@ -365,18 +374,48 @@ def _paper_members(papers: Any, titles: dict[str, str]) -> dict[str, str]:
 
 def load_demo(data_dir: Path) -> RetrievalDataset:
     """The dataset written for this project; it comes with the code, wherever ``data_dir`` is."""
-    return load_folder(HERE / "data" / "demo", "Demo")
+    return load_folder(DEMO_FOLDER, "Demo")
 
 
-LOADERS: dict[str, Callable[[Path], RetrievalDataset]] = {
-    "Clinc150": load_clinc150,
-    "Banking77": load_banking77,
-    "ArgKP21": load_argkp21,
-    "NFCorpus": load_nfcorpus,
-    "FollowIR": load_followir,
-    "RealScholarQuery": load_real_scholar_query,
-    "Demo": load_demo,
+@dataclass(frozen=True)
+class KnownDataset:
+    """A dataset with a name.
+
+    Attributes:
+        load: from ``data_dir`` to the dataset.
+        task_type: as in :class:`RetrievalDataset`.
+        queries, documents: how many, for previews that load nothing.
+    """
+
+    load: Callable[[Path], RetrievalDataset]
+    task_type: str
+    queries: int
+    documents: int
+
+
+DATASETS = {
+    "Clinc150": KnownDataset(load_clinc150, "classification", 150, 15_000),
+    "Banking77": KnownDataset(load_banking77, "classification", 77, 13_083),
+    "ArgKP21": KnownDataset(load_argkp21, "classification", 243, 6_515),
+    "NFCorpus": KnownDataset(load_nfcorpus, "search", 323, 3_633),
+    "FollowIR": KnownDataset(load_followir, "search", 208, 98_312),
+    "RealScholarQuery": KnownDataset(load_real_scholar_query, "search", 50, 25_000),
+    "Demo": KnownDataset(load_demo, "search", 26, 338),
 }
+
+
+def dataset_facts(dataset: str) -> DatasetFacts:
+    """What is known of a dataset without loading or fetching anything.
+
+    Raises:
+        UserError: the name is unknown, or the folder lacks a file.
+    """
+    check_dataset_name(dataset)
+    if dataset == "Demo":
+        return folder_facts(DEMO_FOLDER, "Demo")
+    if known := DATASETS.get(dataset):
+        return DatasetFacts(dataset, known.task_type, None, known.queries, known.documents, dataset)
+    return folder_facts(Path(dataset))
 
 
 def check_dataset_name(dataset: str) -> None:
@@ -385,12 +424,12 @@ def check_dataset_name(dataset: str) -> None:
     Raises:
         UserError: naming the flag, what was given, and the names there are.
     """
-    if dataset in LOADERS or is_folder(dataset):
+    if dataset in DATASETS or is_folder(dataset):
         return
-    known = [] if "/" in dataset else [name.lower() for name in LOADERS]
+    known = [] if "/" in dataset else [name.lower() for name in DATASETS]
     near = difflib.get_close_matches(dataset.lower(), known, n=1)
-    hint = next((f"; did you mean {name}?" for name in LOADERS if near and name.lower() == near[0]), "")
-    raise UserError(f"--dataset: {dataset!r} is neither a folder nor one of {', '.join(LOADERS)}{hint}")
+    hint = next((f"; did you mean {name}?" for name in DATASETS if near and name.lower() == near[0]), "")
+    raise UserError(f"--dataset: {dataset!r} is neither a folder nor one of {', '.join(DATASETS)}{hint}")
 
 
 def load_dataset(dataset: str, data_dir: Path | str) -> RetrievalDataset:
@@ -400,7 +439,7 @@ def load_dataset(dataset: str, data_dir: Path | str) -> RetrievalDataset:
         UserError: the name is unknown, or the data cannot be had or is not as it should be.
     """
     check_dataset_name(dataset)
-    loaded = LOADERS[dataset](Path(data_dir)) if dataset in LOADERS else load_folder(Path(dataset))
+    loaded = DATASETS[dataset].load(Path(data_dir)) if dataset in DATASETS else load_folder(Path(dataset))
     for what, texts, ids in (
         ("document", loaded.documents, loaded.document_ids),
         ("query", loaded.queries, loaded.query_ids),

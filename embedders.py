@@ -76,6 +76,26 @@ def settings_for(name: str) -> ModelSettings:
     return MODEL_SETTINGS[known] if known else ModelSettings()
 
 
+def embedding_setup(name: str, label: str, identity: str, dtype: str, max_tokens: int) -> dict[str, Any]:
+    """What, beside a text, makes its vector.
+
+    Args:
+        name: the model's, for what is known of it.
+        label: its name for people.
+        identity: which model it is.
+        dtype: as ``--embedder_dtype``; "auto" becomes the model's own.
+        max_tokens: texts are cut to this.
+    """
+    settings = settings_for(name)
+    return {
+        "model": label,
+        "identity": identity,
+        "dtype": settings.dtype if dtype == "auto" else dtype,
+        "max_tokens": max_tokens,
+        "padding_side": settings.padding_side,
+    }
+
+
 # --- Embedding -------------------------------------------------------------------------------------------------------
 
 
@@ -106,15 +126,10 @@ class TextEmbedder:
 
     def __post_init__(self) -> None:
         self.settings = settings_for(self.source.name)
-        if self.dtype == "auto":
-            self.dtype = self.settings.dtype
-        self.setup = {
-            "model": self.source.label,
-            "identity": self.source.identity,
-            "dtype": self.dtype,
-            "max_tokens": self.max_tokens,
-            "padding_side": self.settings.padding_side,
-        }
+        self.setup = embedding_setup(
+            self.source.name, self.source.label, self.source.identity, self.dtype, self.max_tokens
+        )
+        self.dtype = self.setup["dtype"]
         self.cache = VectorCache(self.cache_dir, self.setup)
         self._model: Any = None
         self._halvings = 0

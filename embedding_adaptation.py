@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dataset_loaders import load_dataset
+from dataset_loaders import dataset_facts, load_dataset
 from devices import choose_device
 from errors import UserError, check_writable, run_command
 from experiment_config import ExperimentConfig, parse_arguments
@@ -32,7 +32,7 @@ from ranking import measure, sample_documents, score_blocks, unit_length
 from results import RunFolder, comparison_table, package_versions, write_json
 from retrieval_dataset import RetrievalDataset
 from run_log import log_to_file, start_logging
-from run_setup import Run, check_inputs, check_teachers, default_name, load_models, prepare, run_hash
+from run_setup import Run, check_inputs, check_teachers, load_models, prepare, run_hash, run_name
 
 if TYPE_CHECKING:
     from query_refinement import Refinement
@@ -76,6 +76,9 @@ def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
     prompts = check_inputs(config)
     check_teachers(config)
     check_writable("--output_dir", Path(config.output_dir))
+    facts = dataset_facts(config.dataset)
+    digest = run_hash(config, prompts, facts)
+    name = config.experiment_name or run_name(config, facts, digest)
     with stage("import", seconds):
         device = choose_device(config.device)
     with stage("load dataset", seconds):
@@ -83,8 +86,6 @@ def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
         texts = fill_templates(templates_for(prompts, config.embedding_model, dataset), dataset)
     with stage("load models", seconds):
         this = prepare(config, device, prompts, dataset, texts)
-        digest = run_hash(this)
-        name = config.experiment_name or default_name(this, digest)
         folder = RunFolder(Path(config.output_dir) / name)
         folder.check()
         load_models(this)

@@ -2,6 +2,7 @@
 
 The commands, the batch runner, the README's table (held by a test) and each run's ``config.json`` all read this
 dataclass. It knows no dataset, no model and no file: what a name stands for is checked in the room that owns it.
+A command with flags of its own declares them in a dataclass of the same kind; the functions here read either.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -54,6 +56,11 @@ SHARE = Rule(lambda value: 0 <= value <= 1, "a share from 0 to 1, such as 0.05")
 FOLDER_NAME = Rule(
     lambda value: value is None or (bool(re.fullmatch(r"[\w.+=,@-]+", value)) and value not in (".", "..")),
     "the name of one folder (letters, digits and . _ - + = , @)",
+)
+
+
+DEVICE = Rule(
+    lambda value: bool(re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", value)), "auto, cpu, mps, cuda or cuda:N"
 )
 
 
@@ -193,7 +200,9 @@ class ExperimentConfig:
     trust_remote_code: bool = flag(
         False, "let a model run Python code that comes with it; read that code first", changes_results=False
     )
-    device: str = flag("auto", "auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N", changes_results=False)
+    device: str = flag(
+        "auto", "auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N", DEVICE, changes_results=False
+    )
 
     # Files
     instruction_templates: str = flag(
@@ -245,17 +254,20 @@ class ExperimentConfig:
 REFIT_PRESET = {"lr": 0.005, "reranker_model": "cross-encoder/ms-marco-MiniLM-L-6-v2"}
 
 
-def fields() -> tuple[dataclasses.Field, ...]:
-    """All flags, in the order of ``--help``."""
-    return dataclasses.fields(ExperimentConfig)
+def fields(of: type = ExperimentConfig) -> tuple[dataclasses.Field, ...]:
+    """All flags of a dataclass, in the order of ``--help``."""
+    return dataclasses.fields(of)
 
 
-def _value_type(field: dataclasses.Field) -> type:
-    """``str`` for ``str | None``, the annotation itself otherwise."""
-    hint = typing.get_type_hints(ExperimentConfig)[field.name]
-    if isinstance(hint, types.UnionType):
-        return next(option for option in typing.get_args(hint) if option is not type(None))
-    return hint
+@functools.cache
+def _value_types(of: type) -> dict[str, type]:
+    """By flag: ``str`` for ``str | None``, the annotation itself otherwise."""
+    types_ = {}
+    for name, hint in typing.get_type_hints(of).items():
+        if isinstance(hint, types.UnionType):
+            hint = next(option for option in typing.get_args(hint) if option is not type(None))
+        types_[name] = hint
+    return types_
 
 
 def shown_default(field: dataclasses.Field) -> str:
@@ -265,13 +277,13 @@ def shown_default(field: dataclasses.Field) -> str:
     return Path(field.default).name if field.name == "instruction_templates" else str(field.default)
 
 
-def parse_value(field: dataclasses.Field, text: str) -> Any:
+def parse_value(field: dataclasses.Field, text: str, of: type = ExperimentConfig) -> Any:
     """Turn the text given for a flag into its value and check it.
 
     Raises:
         UserError: one line naming the flag, what was given and what is allowed.
     """
-    kind, rule = _value_type(field), field.metadata["rule"]
+    kind, rule = _value_types(of)[field.name], field.metadata["rule"]
     if kind is bool:
         if text.lower() not in TRUE_WORDS + FALSE_WORDS:
             raise UserError(f"--{field.name}: got {text!r}, must be True or False")
@@ -288,20 +300,26 @@ def parse_value(field: dataclasses.Field, text: str) -> Any:
     return value
 
 
+def parse_values(given: Mapping[str, str], of: type = ExperimentConfig) -> tuple[dict[str, Any], list[str]]:
+    """The values of the flags of a dataclass that are among ``given``, and a line for each that is wrong."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for field in fields(of):
+        if field.name in given:
+            try:
+                values[field.name] = parse_value(field, given[field.name], of)
+            except UserError as error:
+                problems.append(str(error))
+    return values, problems
+
+
 def build_config(given: Mapping[str, str]) -> ExperimentConfig:
     """Make a config from the flags the user set (texts by name); presets fill only what is not among them.
 
     Raises:
         UserError: one line for each thing that is wrong, all at once.
     """
-    problems: list[str] = []
-    values: dict[str, Any] = {}
-    for field in fields():
-        if field.name in given:
-            try:
-                values[field.name] = parse_value(field, given[field.name])
-            except UserError as error:
-                problems.append(str(error))
+    values, problems = parse_values(given)
     if values.get("refit"):
         values = {**REFIT_PRESET, **values}
     defaults = ExperimentConfig()
@@ -329,34 +347,51 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, only: Iterable[str] | None = None, aliases: Mapping[str, str] | None = None
+    parser: argparse.ArgumentParser,
+    only: Iterable[str] | None = None,
+    aliases: Mapping[str, str] | None = None,
+    *,
+    of: type = ExperimentConfig,
+    axes: bool = False,
 ) -> None:
-    """Add the flags of the dataclass (all, or ``only`` some) to ``parser``; values stay texts until checked."""
-    wanted = set(only) if only is not None else {f.name for f in fields()}
-    for field in fields():
+    """Add the flags of a dataclass to ``parser``; values stay texts until checked.
+
+    Args:
+        parser: of a command.
+        only: names of the flags to add; None for all.
+        aliases: flag to another option that means the same.
+        of: the dataclass.
+        axes: every flag takes several values; where it takes several words as one value, they have commas between them.
+    """
+    wanted = set(only) if only is not None else {f.name for f in fields(of)}
+    for field in fields(of):
         if field.name not in wanted:
             continue
         options = [f"--{field.name}"] + ([aliases[field.name]] if aliases and field.name in aliases else [])
-        is_switch, rule = _value_type(field) is bool, field.metadata["rule"]
+        kind, rule = _value_types(of)[field.name], field.metadata["rule"]
         names = "|".join(rule.names) if rule else ""
+        how = {"nargs": "?", "const": "True"} if kind is bool else {}
+        if axes:
+            how = {"nargs": "*" if kind is bool else "+", "action": "extend"}
+        elif rule and rule.several:
+            how = {"nargs": "+"}
         parser.add_argument(
             *options,
             dest=field.name,
             default=argparse.SUPPRESS,
-            metavar=names or {bool: "True|False", int: "N", float: "X", str: "TEXT"}[_value_type(field)],
+            metavar=names or {bool: "True|False", int: "N", float: "X", str: "TEXT"}[kind],
             help=f"{field.metadata['help']} (default: {shown_default(field)})".replace("%", "%%"),
-            **({"nargs": "?", "const": "True"} if is_switch else {"nargs": "+"} if rule and rule.several else {}),
+            **how,
         )
 
 
-def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, str]:
-    """Parse ``argv`` strictly and return what was set, as texts.
+def parse_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, str | list[str]]:
+    """Parse ``argv`` strictly and return what was set: a text, or texts where the flag takes several words.
 
     Raises:
         UserError: naming the unknown flag and the nearest known one.
     """
     namespace, unknown = parser.parse_known_args(list(argv))
-    given = {name: " ".join(value) if isinstance(value, list) else value for name, value in vars(namespace).items()}
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         lines = []
@@ -370,7 +405,13 @@ def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[st
             hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the flags"
             lines.append(f"unknown {'flag' if word.startswith('-') else 'argument'} {word!r}; {hint}")
         raise UserError("\n".join(lines))
-    return given
+    return vars(namespace)
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, str]:
+    """Like :func:`parse_words`, for flags with one value each: several words become one text."""
+    words = parse_words(parser, argv)
+    return {name: " ".join(value) if isinstance(value, list) else value for name, value in words.items()}
 
 
 def parse_arguments(description: str, argv: Sequence[str] | None = None) -> ExperimentConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -10,10 +11,19 @@ from pathlib import Path
 import yaml
 
 from errors import UserError
-from retrieval_dataset import TASK_TYPES, RetrievalDataset, join_title, pairs_to_matrix, read_json_lines, read_tsv
+from retrieval_dataset import (
+    TASK_TYPES,
+    DatasetFacts,
+    RetrievalDataset,
+    join_title,
+    pairs_to_matrix,
+    read_json_lines,
+    read_tsv,
+)
 
 logger = logging.getLogger(__name__)
 NEEDED_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
+MORE_FILES = ("candidates.tsv", "dataset.yaml")
 
 
 def _read_texts(path: Path, what: str) -> tuple[list[str], list[str]]:
@@ -37,15 +47,53 @@ def _read_texts(path: Path, what: str) -> tuple[list[str], list[str]]:
     return list(rows), list(rows.values())
 
 
+def _check_files(folder: Path) -> None:
+    for needed in NEEDED_FILES:
+        if not (folder / needed).is_file():
+            raise UserError(f"{folder / needed}: missing; a dataset folder has {', '.join(NEEDED_FILES)}")
+
+
+def _folder_name(folder: Path) -> str:
+    return folder.resolve().name
+
+
+def folder_facts(folder: Path, name: str | None = None) -> DatasetFacts:
+    """What a folder says of itself without being taken apart: one pass over its bytes.
+
+    Raises:
+        UserError: a file is missing or cannot be read.
+    """
+    _check_files(folder)
+    digest, lines = hashlib.blake2b(digest_size=16), {}
+    for file_name in NEEDED_FILES + MORE_FILES:
+        if (path := folder / file_name).exists():
+            lines[file_name] = 0
+            try:
+                with open(path, "rb") as file:
+                    for line in file:
+                        digest.update(line)
+                        lines[file_name] += not line.isspace()
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        digest.update(f"\0{file_name}\0".encode())
+    settings = _read_dataset_yaml(folder / "dataset.yaml")
+    return DatasetFacts(
+        name=name or _folder_name(folder),
+        task_type=settings["task_type"],
+        instruction=settings.get("instruction"),
+        queries=lines["queries.jsonl"],
+        documents=lines["corpus.jsonl"],
+        identity=digest.hexdigest(),
+    )
+
+
 def load_folder(folder: Path, name: str | None = None) -> RetrievalDataset:
     """A folder with corpus.jsonl, queries.jsonl, qrels/test.tsv and, if wanted, candidates.tsv and dataset.yaml.
 
     Raises:
         UserError: naming the file, the line, and what is wrong there.
     """
-    for needed in NEEDED_FILES:
-        if not (folder / needed).is_file():
-            raise UserError(f"{folder / needed}: missing; a dataset folder has {', '.join(NEEDED_FILES)}")
+    _check_files(folder)
     document_ids, documents = _read_texts(folder / "corpus.jsonl", "document")
     query_ids, queries = _read_texts(folder / "queries.jsonl", "query")
     rows = {"query": {i: r for r, i in enumerate(query_ids)}, "document": {i: r for r, i in enumerate(document_ids)}}
@@ -58,7 +106,7 @@ def load_folder(folder: Path, name: str | None = None) -> RetrievalDataset:
             logger.warning("%s: %d relevant pairs are no candidates and do not count", folder, outside)
             relevant = [pair for pair in relevant if pair in candidate_pairs]
     return RetrievalDataset(
-        name=name or folder.resolve().name,
+        name=name or _folder_name(folder),
         documents=documents,
         document_ids=document_ids,
         queries=queries,

@@ -12,9 +12,9 @@ from errors import RunError
 from experiment_config import ExperimentConfig
 from instruction_templates import HydePrompt, hyde_prompt
 from llm_client import LanguageModel, in_any_order, language_model
-from llm_services import NoAnswerError, UnreadableAnswerError, find_model_address, without_thoughts
+from llm_services import NoAnswerError, UnreadableAnswerError, find_model_address, full_name, without_thoughts
 from llm_work import Question
-from retrieval_dataset import RetrievalDataset
+from retrieval_dataset import DatasetFacts, RetrievalDataset
 
 logger = logging.getLogger(__name__)
 FLAG = "--hyde_model"
@@ -37,6 +37,18 @@ def read_passage(completion: Any) -> str:
     return passage
 
 
+def _identity(name: str, samples: int, prompt: HydePrompt) -> dict[str, Any]:
+    return {"model": name, "samples": samples, "prompt": asdict(prompt)}
+
+
+def hyde_setup(config: ExperimentConfig, prompts: dict[str, Any], dataset: DatasetFacts) -> Any:
+    """What the vectors of passages depend on as far as the flags tell it, JSON-able; None where there are none."""
+    if not config.needs_hyde:
+        return None
+    identity = _identity(full_name(config.hyde_model), config.hyde_samples, hyde_prompt(prompts, dataset))
+    return [identity, config.hyde_average_query]
+
+
 class HydeWriter:
     """Writes the passages of a dataset's queries, through the record cache.
 
@@ -56,7 +68,7 @@ class HydeWriter:
         self.samples = samples
         self.max_failed = max_failed
         self.name = model.address.name
-        self.identity = {"model": self.name, "samples": samples, "prompt": asdict(prompt)}
+        self.identity = _identity(self.name, samples, prompt)
         self._cache = model.records(cache_dir, "passage", str, parameters=PARAMETERS)
 
     def load(self, dataset: RetrievalDataset) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 
 from errors import UserError
-from retrieval_dataset import RetrievalDataset
+from retrieval_dataset import DatasetFacts, RetrievalDataset
+
+AnyDataset = RetrievalDataset | DatasetFacts  # a name, a task type, an instruction
 
 SECTIONS = ("embedding_models", "dataset_instructions")
 # A file of one's own may leave these out and gets those of the shipped file.
@@ -175,13 +177,13 @@ def known_name(model: str, names: Iterable[str]) -> str | None:
     return next((name for name in names if name.rsplit("/", 1)[-1] == last), None)
 
 
-def _instruction(content: dict[str, Any], dataset: RetrievalDataset) -> str:
+def _instruction(content: dict[str, Any], dataset: AnyDataset) -> str:
     """A dataset's instruction: a folder dataset's own, else the file's, else its default."""
     instructions = content["dataset_instructions"]
     return dataset.instruction or instructions.get(dataset.name, instructions["default"])
 
 
-def templates_for(content: dict[str, Any], embedding_model: str, dataset: RetrievalDataset) -> EmbeddingTemplates:
+def templates_for(content: dict[str, Any], embedding_model: str, dataset: AnyDataset) -> EmbeddingTemplates:
     """The templates of one model on one dataset.
 
     Args:
@@ -270,26 +272,26 @@ class CausalPrompt:
         return _fill(self.prompt, task=self.task, query=query, document=document)
 
 
-def _task(template: str, otherwise: str, content: dict[str, Any], dataset: RetrievalDataset) -> str:
+def _task(template: str, otherwise: str, content: dict[str, Any], dataset: AnyDataset) -> str:
     """What tells a teacher its task; only classification datasets do."""
     if dataset.task_type != "classification":
         return otherwise
     return _fill(template, instruction=_instruction(content, dataset))
 
 
-def judge_prompts(content: dict[str, Any], dataset: RetrievalDataset) -> JudgePrompts:
+def judge_prompts(content: dict[str, Any], dataset: AnyDataset) -> JudgePrompts:
     """The judge's prompts on one dataset."""
     section = content["judge_prompts"]
     return JudgePrompts(section["yes_no"], section["verbalized"], _task(section["task"], "", content, dataset))
 
 
-def hyde_prompt(content: dict[str, Any], dataset: RetrievalDataset) -> HydePrompt:
+def hyde_prompt(content: dict[str, Any], dataset: AnyDataset) -> HydePrompt:
     """The prompt for hypothetical documents of one dataset."""
     section = content["hyde_prompts"]
     return HydePrompt(section.get(dataset.name, section["default"]), _instruction(content, dataset))
 
 
-def causal_prompt(content: dict[str, Any], model: str, dataset: RetrievalDataset) -> CausalPrompt:
+def causal_prompt(content: dict[str, Any], model: str, dataset: AnyDataset) -> CausalPrompt:
     """The prompt of one causal reranker, looked up with :func:`known_name`, on one dataset."""
     section = content["causal_rerankers"]
     entry = section[known_name(model, section) or "default"]

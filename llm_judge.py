@@ -89,6 +89,11 @@ def verbalized_score(completion: Any) -> float:
 READ = {"yes_no": yes_probability, "verbalized": verbalized_score}
 
 
+def judge_identity(name: str, score_mode: str, prompts: JudgePrompts, max_characters: int) -> dict[str, Any]:
+    """What a judge's scores depend on, JSON-able; ``name`` is the model's with its service."""
+    return {"model": name, "mode": score_mode, "prompts": asdict(prompts), "cut": max_characters}
+
+
 class LLMJudge:
     """See :class:`rerankers.Reranker`.
 
@@ -115,7 +120,7 @@ class LLMJudge:
         self.max_characters = max_characters
         self.max_failed = max_failed
         self.name = model.address.name
-        self.identity = {"model": self.name, "mode": score_mode, "prompts": asdict(prompts), "cut": max_characters}
+        self.identity = judge_identity(self.name, score_mode, prompts, max_characters)
         self._caches = {
             mode: model.records(cache_dir, "score", float, mode=mode, parameters=parameters)
             for mode, parameters in PARAMETERS.items()

@@ -84,6 +84,11 @@ def split_name(name: str) -> tuple[str, str]:
     return (service, model) if slash and service in SERVICES else ("LiteLLM", name)
 
 
+def full_name(name: str) -> str:
+    """A model's name with its service, as results show it."""
+    return "/".join(split_name(name))
+
+
 def find_model_address(flag: str, name: str, otherwise: str = "") -> ModelAddress:
     """Where a language model is asked, from the environment and a ``.env`` file beside it.
 

@@ -59,21 +59,41 @@ def find_model(name: str, revision: str = "main", flag: str = "--embedding_model
     Raises:
         UserError: there is no such model, or it cannot be reached.
     """
+    check_model_name(name, flag)
     path = Path(name).expanduser()
     if is_folder(path):
-        if not any((path / file).exists() for file in ("modules.json", "config.json")):
-            raise UserError(f"{flag}: {name} is a folder without a model (no modules.json or config.json)")
         return ModelSource(name, str(path), None, _folder_identity(path))
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.lexists(path):
-        raise UserError(f"{flag}: {name} is not a folder; give a model folder or a hub name (owner/model)")
-    if "/" not in name:
-        name = f"sentence-transformers/{name}"
+    name = _hub_name(name)
     if commit := _cached_commit(name, revision):
         return ModelSource(name, name, commit, f"commit {commit}")
     if name == PACKAGED_MODEL and revision == "main" and (folder := packaged_model_folder()):
         return ModelSource(name, str(folder), None, f"sha256 {PACKAGED_SHA256}")
     commit = _commit_on_hub(name, revision, flag)
     return ModelSource(name, name, commit, f"commit {commit}")
+
+
+def check_model_name(name: str, flag: str = "--embedding_model") -> None:
+    """Say at once, without a network, when a name is neither a model's folder nor looks like a hub name.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    path = Path(name).expanduser()
+    if is_folder(path):
+        if not any((path / file).exists() for file in ("modules.json", "config.json")):
+            raise UserError(f"{flag}: {name} is a folder without a model (no modules.json or config.json)")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.lexists(path):
+        raise UserError(f"{flag}: {name} is not a folder; give a model folder or a hub name (owner/model)")
+
+
+def _hub_name(name: str) -> str:
+    return name if "/" in name else f"sentence-transformers/{name}"
+
+
+def name_identity(name: str, revision: str = "main") -> str:
+    """What the name alone says of which model it is: a folder's files, or hub name and revision; looks nothing up."""
+    path = Path(name).expanduser()
+    return _folder_identity(path) if is_folder(path) else f"{_hub_name(name)} at {revision}"
 
 
 def _folder_identity(folder: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,11 +18,11 @@ from errors import UserError, is_folder
 from experiment_config import ExperimentConfig
 from instruction_templates import causal_prompt, judge_prompts
 from llm_client import Usage, language_model
-from llm_judge import LLMJudge
-from llm_services import find_model_address
+from llm_judge import LLMJudge, judge_identity
+from llm_services import find_model_address, full_name
 from local_rerankers import FLAG, LocalReranker
-from model_loading import find_model
-from retrieval_dataset import RetrievalDataset
+from model_loading import find_model, name_identity
+from retrieval_dataset import DatasetFacts, RetrievalDataset
 
 PREFIXES = ("LiteLLM", "CrossEncoder", "CausalLM")  # OpenAI is left out: openai/… are models too
 CAUSAL_MODELS = ("jhu-clsp/FollowIR-7B",)  # known as such without the prefix CausalLM/
@@ -125,6 +126,37 @@ def check_reranker(config: ExperimentConfig) -> None:
         find_model_address(FLAG, model, "; --optimize_with_gold and cross-encoder/NAME need no endpoint")
 
 
+def teacher_setup(config: ExperimentConfig, prompts: Mapping[str, Any], dataset: DatasetFacts) -> Any:
+    """What the teacher's scores depend on as far as the flags tell it, JSON-able; looks for nothing, loads nothing.
+
+    Args:
+        config: its flags.
+        prompts: from :func:`instruction_templates.read_templates`.
+        dataset: for its instruction.
+    """
+    if not config.needs_teacher:
+        return None
+    if config.optimize_with_gold:
+        return GoldReranker.identity
+    kind, name = reranker_kind(config.reranker_model)
+    if kind == "endpoint":
+        own_prompts = judge_prompts(prompts, dataset)
+        return judge_identity(full_name(name), config.llm_score_mode, own_prompts, config.judge_max_characters)
+    return {
+        "model": name_identity(name),
+        "kind": kind,
+        "dtype": _dtype(config, kind),
+        "max_tokens": config.reranker_max_tokens,
+        "prompt": asdict(causal_prompt(prompts, name, dataset)) if kind == "causal" else None,
+    }
+
+
+def _dtype(config: ExperimentConfig, kind: str) -> str:
+    if config.reranker_dtype != "auto":
+        return config.reranker_dtype
+    return "bfloat16" if kind == "causal" else "float32"
+
+
 def find_reranker(
     config: ExperimentConfig, device: str, prompts: Mapping[str, Any], dataset: RetrievalDataset
 ) -> Reranker:
@@ -151,13 +183,10 @@ def find_reranker(
             max_failed=config.max_failed_scores,
             cache_dir=config.cache_dir,
         )
-    dtype = config.reranker_dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if kind == "causal" else "float32"
     return LocalReranker(
         find_model(name, flag=FLAG),
         device=device,
-        dtype=dtype,
+        dtype=_dtype(config, kind),
         batch_size=config.reranker_batch_size,
         max_tokens=config.reranker_max_tokens,
         max_failed=config.max_failed_scores,

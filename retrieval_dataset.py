@@ -21,6 +21,24 @@ TASK_TYPES = ("classification", "search")
 
 
 @dataclass(frozen=True)
+class DatasetFacts:
+    """What is known of a dataset before it is loaded.
+
+    Attributes:
+        name, task_type, instruction: as in :class:`RetrievalDataset`.
+        queries, documents: how many.
+        identity: stands for its content: the name of a known dataset, for a folder a hash over its files.
+    """
+
+    name: str
+    task_type: str
+    instruction: str | None
+    queries: int
+    documents: int
+    identity: str
+
+
+@dataclass(frozen=True)
 class RetrievalDataset:
     """Queries, documents, and which belong together.
 

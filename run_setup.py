@@ -8,14 +8,14 @@ from typing import Any
 
 from cache_utils import slug
 from dataset_loaders import check_dataset_name
-from embedders import TextEmbedder, check_remote_code
+from embedders import TextEmbedder, check_remote_code, embedding_setup
 from errors import UserError, check_writable, is_folder
 from experiment_config import ExperimentConfig, short_hash
-from hyde import HydeWriter, check_hyde, find_hyde_writer
-from instruction_templates import FilledTexts, read_templates
-from model_loading import find_model
-from rerankers import Reranker, check_reranker, find_reranker
-from retrieval_dataset import RetrievalDataset
+from hyde import HydeWriter, check_hyde, find_hyde_writer, hyde_setup
+from instruction_templates import FilledTexts, read_templates, templates_for
+from model_loading import find_model, name_identity
+from rerankers import Reranker, check_reranker, find_reranker, teacher_setup
+from retrieval_dataset import DatasetFacts, RetrievalDataset
 
 # Flags of which the hash takes what they stand for.
 RESOLVED_FLAGS = (
@@ -131,23 +131,35 @@ def make_embedder(config: ExperimentConfig, device: str) -> TextEmbedder:
     )
 
 
-def run_hash(this: Run) -> str:
-    """Hash over all that changes a figure.
+def embedder_setup(config: ExperimentConfig) -> dict[str, Any]:
+    """What makes the vectors as far as the flags tell it; looks nothing up."""
+    model = config.embedding_model
+    identity = name_identity(model, config.embedding_model_revision)
+    return embedding_setup(model, identity, identity, config.embedder_dtype, config.embedder_max_tokens)
 
-    What a flag stands for counts, not how it is written: the content of the dataset, the identities of the models, the
-    templates that this run uses. ``--llm_score_mode auto`` counts as such: which mode it came to is known only when the
-    endpoint has answered, and stands in ``config.json`` beside the hash.
+
+def run_hash(config: ExperimentConfig, prompts: dict[str, Any], dataset: DatasetFacts) -> str:
+    """Hash over all that changes a figure, as far as it is known before anything is loaded.
+
+    What a flag stands for counts, not how it is written: the files of a dataset's or a model's folder, the templates
+    and prompts that this run uses. A hub model counts by name and revision, and ``--llm_score_mode auto`` as such; the
+    commit, and the mode it came to, stand in ``config.json`` beside the hash.
+
+    Args:
+        config: the run's flags.
+        prompts: from :func:`instruction_templates.read_templates`.
+        dataset: from :func:`dataset_loaders.dataset_facts`.
     """
-    flags = {name: value for name, value in this.config.result_flags().items() if name not in RESOLVED_FLAGS}
-    templates = {name: value for name, value in asdict(this.texts.templates).items() if name != "entry"}
-    teacher = this.reranker and this.reranker.identity
-    hyde = this.hyde and [this.hyde.identity, this.config.hyde_average_query]
+    flags = {name: value for name, value in config.result_flags().items() if name not in RESOLVED_FLAGS}
+    templates = asdict(templates_for(prompts, config.embedding_model, dataset))
+    del templates["entry"]
+    teacher, hyde = teacher_setup(config, prompts, dataset), hyde_setup(config, prompts, dataset)
     return short_hash(
-        [flags, this.config.variants, this.dataset.fingerprint, this.embedder.setup, templates, teacher, hyde]
+        [flags, config.variants, dataset.name, dataset.identity, embedder_setup(config), templates, teacher, hyde]
     )
 
 
-def default_name(this: Run, digest: str) -> str:
-    """``<dataset>_<model>_<hash>``: the same experiment gives the same folder."""
-    model = this.config.embedding_model.rstrip("/").rsplit("/", 1)[-1]
-    return f"{slug(this.dataset.name)}_{slug(model)}_{digest}"
+def run_name(config: ExperimentConfig, dataset: DatasetFacts, *more: str) -> str:
+    """``<dataset>_<model>_<more>``: the same experiment gives the same folder."""
+    model = config.embedding_model.rstrip("/").rsplit("/", 1)[-1]
+    return "_".join([slug(dataset.name), slug(model), *more])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_script, write_folder_dataset
 
-from dataset_loaders import LOADERS, check_dataset_name, load_dataset
+from dataset_loaders import DATASETS, check_dataset_name, load_dataset
 from errors import UserError
 from instruction_templates import read_templates
 
@@ -52,7 +52,7 @@ def test_the_demo_is_what_its_readme_says():
 
 def test_every_dataset_has_an_instruction():
     instructions = read_templates(ROOT / "instruction_templates.yaml")["dataset_instructions"]
-    assert set(instructions) == set(LOADERS) - {"Demo"} | {"default"}
+    assert set(instructions) == set(DATASETS) - {"Demo"} | {"default"}
 
 
 # --- Local copies of hub repositories ---
