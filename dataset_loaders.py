@@ -385,18 +385,20 @@ class KnownDataset:
         load: from ``data_dir`` to the dataset.
         task_type: as in :class:`RetrievalDataset`.
         queries, documents: how many, for previews that load nothing.
+        files: where under ``data_dir`` its files of ``GITHUB_FILES`` lie; None where it comes from elsewhere.
     """
 
     load: Callable[[Path], RetrievalDataset]
     task_type: str
     queries: int
     documents: int
+    files: str | None = None
 
 
 DATASETS = {
-    "Clinc150": KnownDataset(load_clinc150, "classification", 150, 15_000),
-    "Banking77": KnownDataset(load_banking77, "classification", 77, 13_083),
-    "ArgKP21": KnownDataset(load_argkp21, "classification", 243, 6_515),
+    "Clinc150": KnownDataset(load_clinc150, "classification", 150, 15_000, "clinc150/"),
+    "Banking77": KnownDataset(load_banking77, "classification", 77, 13_083, "banking77/"),
+    "ArgKP21": KnownDataset(load_argkp21, "classification", 243, 6_515, "argkp21/"),
     "NFCorpus": KnownDataset(load_nfcorpus, "search", 323, 3_633),
     "FollowIR": KnownDataset(load_followir, "search", 208, 98_312),
     "RealScholarQuery": KnownDataset(load_real_scholar_query, "search", 50, 25_000),
@@ -416,6 +418,16 @@ def dataset_facts(dataset: str) -> DatasetFacts:
     if known := DATASETS.get(dataset):
         return DatasetFacts(dataset, known.task_type, None, known.queries, known.documents, dataset)
     return folder_facts(Path(dataset))
+
+
+def is_at_hand(dataset: str, data_dir: Path | str) -> bool:
+    """Whether loading a dataset only reads files: nothing is fetched, no library writes to a cache of its own."""
+    if dataset == "Demo" or dataset not in DATASETS:
+        return True
+    files = DATASETS[dataset].files
+    if files is None:
+        return False
+    return all((Path(data_dir) / name).exists() for name in GITHUB_FILES if name.startswith(files))
 
 
 def check_dataset_name(dataset: str) -> None:

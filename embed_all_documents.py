@@ -1,26 +1,41 @@
-"""Fill the vector cache ahead of time: the vectors and keys that a run would make, so the run embeds nothing.
+"""Fill the vector cache ahead of time: the vectors and keys that runs would make, so that the runs embed nothing.
 
-    python embed_all_documents.py --dataset Clinc150 --embedding_model Qwen/Qwen3-Embedding-0.6B --batch_size 32
+    python embed_all_documents.py --datasets Clinc150 FollowIR --embedding_models Qwen/Qwen3-Embedding-8B --gpus 0 1 2 3
 
-May be started several times at once on one cache: the processes share the work. A killed one loses its last piece.
+Each dataset and model is embedded by a process of its own; where there are more places on GPUs than that, several
+processes share the work on one. A killed one loses its last piece.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from cache_utils import slug
 from dataset_loaders import load_dataset
 from devices import choose_device
-from errors import run_command
-from experiment_config import OneLineParser, add_flags, build_config, parse_flags
-from instruction_templates import fill_templates, templates_for
+from errors import RunError, UserError, run_command
+from experiment_config import (
+    ExperimentConfig,
+    OneLineParser,
+    add_flags,
+    build_config,
+    fields,
+    parse_values,
+    parse_words,
+)
+from grid_file import PLURALS
+from instruction_templates import fill_templates, read_templates, templates_for
+from job_runner import Job, JobRunner, Outcome, SlotFlags, Slots, find_slots, last_line
 from run_log import start_logging
 from run_setup import check_inputs, make_embedder
 
+AXES = ("dataset", "embedding_model")
 FLAGS = (
-    "dataset",
-    "embedding_model",
     "embedding_model_revision",
     "embedder_batch_size",
     "embedder_dtype",
@@ -34,16 +49,70 @@ FLAGS = (
 
 
 def main() -> None:
-    """Embed the documents and queries of one dataset with one model."""
+    """Embed each dataset's documents and queries with each model."""
+    slot_flags, given = read_command(sys.argv[1:])
+    configs = [build_config(own) for own in given]
+    check_all(configs)
+    slots = find_slots(slot_flags, wants_gpu=configs[0].device in ("auto", "cuda"))
+    if len(configs) == 1 and slots.parallel == 1:
+        if slots.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = slots.gpus[0]
+        embed(configs[0])
+    else:
+        embed_in_slots(given, configs[0].cache_dir, slots)
+
+
+def read_command(argv: Sequence[str]) -> tuple[SlotFlags, list[dict[str, str]]]:
+    """The places, and the flags of each dataset with each model.
+
+    Raises:
+        UserError: a line for each thing that is wrong.
+    """
     parser = OneLineParser(
-        description="Embed a dataset's documents and queries into the cache, ahead of the runs that need them.",
+        description="Embed documents and queries of datasets into the cache, ahead of the runs that need them.",
         usage="%(prog)s [--flag VALUE ...]",
         allow_abbrev=False,
     )
+    add_flags(parser, AXES, PLURALS, axes=True)
     add_flags(parser, FLAGS, aliases={"embedder_batch_size": "--batch_size"})
-    config = build_config(parse_flags(parser, sys.argv[1:]))
+    add_flags(parser, of=SlotFlags)
+    words = parse_words(parser, argv)
+    axes = [words.pop(field.name, [field.default]) for field in fields() if field.name in AXES]
+    texts = {name: " ".join([text] if isinstance(text, str) else text) for name, text in words.items()}
+    slot_values, problems = parse_values(texts, SlotFlags)
+    names = [f.name for f in fields() if f.name in AXES]
+    given = [
+        {**dict(zip(names, values, strict=True)), **{name: texts[name] for name in FLAGS if name in texts}}
+        for values in dict.fromkeys(itertools.product(*axes))
+    ]
+    for own in given:
+        problems += [problem for problem in parse_values(own)[1] if problem not in problems]
+    if problems:
+        raise UserError("\n".join(problems))
+    return SlotFlags(**slot_values), given
+
+
+def check_all(configs: Sequence[ExperimentConfig]) -> None:
+    """Say at once what is wrong with any of them.
+
+    Raises:
+        UserError: a line each.
+    """
+    problems: dict[str, None] = {}
+    for config in configs:
+        try:
+            check_inputs(config)
+            read_templates(config.instruction_templates)
+        except UserError as error:
+            problems |= dict.fromkeys(str(error).splitlines())
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def embed(config: ExperimentConfig) -> None:
+    """Embed one dataset with one model, in this process."""
     start_logging()
-    prompts = check_inputs(config)
+    prompts = read_templates(config.instruction_templates)
     device = choose_device(config.device)
     dataset = load_dataset(config.dataset, config.data_dir)
     texts = fill_templates(templates_for(prompts, config.embedding_model, dataset), dataset)
@@ -59,6 +128,42 @@ def main() -> None:
         f"{dataset.name}, {embedder.source.name}: {counts['embedded']} texts embedded, {counts['cached']} were there, "
         f"{time.perf_counter() - started:.1f} s; vectors: {embedder.cache.folder}"
     )
+
+
+def embed_in_slots(given: Sequence[Mapping[str, str]], cache_dir: str, slots: Slots) -> None:
+    """Embed each dataset with each model in processes of their own.
+
+    Raises:
+        RunError: some of them failed.
+        KeyboardInterrupt: the user stopped the work.
+    """
+    places = min(slots.parallel, len(slots.gpus))  # without a GPU one process takes all cores
+    jobs = []
+    for i in range(max(places, len(given))):
+        own = given[i % len(given)]
+        copy = f" ({i // len(given) + 1})" if places > len(given) else ""
+        words = [word for name, text in own.items() for word in (f"--{name}", text)]
+        name = f"{own['dataset']}, {own['embedding_model']}{copy}"
+        jobs.append(Job(name, (sys.executable, str(Path(__file__).resolve()), *words)))
+    logs = Path(cache_dir) / "logs"
+
+    def begin(job: Job) -> Path:
+        logs.mkdir(parents=True, exist_ok=True)
+        return logs / f"embed-{slug(job.name, 100)}.log"
+
+    def describe(job: Job, outcome: Outcome) -> str:
+        return last_line(outcome.log) if outcome.state == "completed" else f"{job.name}  {outcome.reason}"
+
+    runner = JobRunner(jobs, slots, begin, describe, unit="job")
+    outcomes = runner.run()
+    for outcome in outcomes.values():
+        if outcome.state == "completed":
+            print(last_line(outcome.log))
+    if runner.interrupted:
+        raise KeyboardInterrupt
+    if failed := {job.name: outcome for job, outcome in outcomes.items() if outcome.state == "failed"}:
+        lines = [f"{name}: {outcome.reason} (log: {outcome.log})" for name, outcome in failed.items()]
+        raise RunError("\n".join(lines))
 
 
 if __name__ == "__main__":

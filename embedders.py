@@ -18,7 +18,7 @@ import numpy as np
 
 from cache_utils import SHARD_BYTES, VectorCache, text_keys
 from devices import free_device_memory, is_out_of_memory
-from errors import RunError, UserError, check_writable
+from errors import OutOfMemory, RunError, UserError, check_writable
 from instruction_templates import FilledTexts, known_name
 from model_loading import ModelSource, load_model, remote_code_message
 from run_log import Progress
@@ -146,7 +146,8 @@ class TextEmbedder:
 
         Raises:
             UserError: the model cannot be loaded.
-            RunError: one text alone does not fit into memory, or the model gives NaN.
+            OutOfMemory: one text alone does not fit.
+            RunError: the model gives NaN.
         """
         keys = self.fill_cache(texts, role)
         return self.cache.load(keys)
@@ -228,7 +229,7 @@ class TextEmbedder:
                 if not is_out_of_memory(error):
                     raise
                 if len(batch) == 1:
-                    raise RunError(
+                    raise OutOfMemory(
                         f"a text of {longest} tokens alone does not fit into the memory of {self.device}; lower "
                         "--embedder_max_tokens or use another --device or --embedder_dtype (finished texts are kept)"
                     ) from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -24,15 +25,15 @@ import numpy as np
 
 from dataset_loaders import dataset_facts, load_dataset
 from devices import choose_device
-from errors import UserError, check_writable, run_command
+from errors import UserError, run_command
 from experiment_config import ExperimentConfig, parse_arguments
-from instruction_templates import fill_templates, templates_for
+from instruction_templates import fill_templates, read_templates, templates_for
 from metrics import METRICS, mean_metrics
 from ranking import measure, sample_documents, score_blocks, unit_length
 from results import RunFolder, comparison_table, package_versions, write_json
 from retrieval_dataset import RetrievalDataset
 from run_log import log_to_file, start_logging
-from run_setup import Run, check_inputs, check_teachers, load_models, prepare, run_hash, run_name
+from run_setup import Run, check_run, load_models, prepare, run_hash, run_name, run_sources
 
 if TYPE_CHECKING:
     from query_refinement import Refinement
@@ -73,11 +74,10 @@ class Start:
 def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
     """Do one run. What the user may have got wrong is found before the first text is embedded or a file is touched."""
     seconds: dict[str, float] = {}
-    prompts = check_inputs(config)
-    check_teachers(config)
-    check_writable("--output_dir", Path(config.output_dir))
+    check_run(config)
+    prompts = read_templates(config.instruction_templates)
     facts = dataset_facts(config.dataset)
-    digest = run_hash(config, prompts, facts)
+    digest = run_hash(config, run_sources(config, prompts, facts))
     name = config.experiment_name or run_name(config, facts, digest)
     with stage("import", seconds):
         device = choose_device(config.device)
@@ -102,6 +102,7 @@ def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
         "dataset": dataset.describe(),
         "model": dataclasses.asdict(this.embedder.source) | {"dtype": this.embedder.dtype},
         "device": device,
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "versions": package_versions(),
     }
     log_path = folder.begin(settings)

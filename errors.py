@@ -5,11 +5,18 @@ Knows nothing of experiments: every other room raises these, the commands turn t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+LIFELINE = "END_WITH_PARENT_FD"  # environment variable: a pipe that closes when the process that started this one ends
+SECONDS_TO_END = 15.0  # after the parent has gone; calls in flight take up to 10
+INTERRUPTED_STATUS = 130
 
 
 class UserError(Exception):
@@ -24,20 +31,37 @@ class RunError(UserError):
     exit_status = 1
 
 
+class OutOfMemory(RunError):  # noqa: N818
+    """Memory ran out: the same command may work at another time. Exit status 3."""
+
+    exit_status = 3
+
+
+class FolderBusy(UserError):  # noqa: N818
+    """Another process is writing to the folder. Exit status 4."""
+
+    exit_status = 4
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Call ``main`` and end the process with the status that a shell or a batch runner expects.
 
-    0 on success, 2 for a mistake in what was given, 1 for a failure during the work, 130 after Ctrl-C.
-    A request to end (SIGTERM) is taken like Ctrl-C. An exception that is none of ours is a defect of this program and
+    0 on success, 2 for a mistake in what was given, 1 for a failure during the work, 3 when memory ran out, 4 when
+    another run is at work in the folder, 130 after Ctrl-C. A request to end (SIGTERM), and the end of the batch runner
+    that started this process, are taken like Ctrl-C. An exception that is none of ours is a defect of this program and
     keeps its traceback.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _end_with_parent()
     try:
         main()
     except UserError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         print("\n".join(f"error: {line}" for line in lines), file=sys.stderr)
         sys.exit(error.exit_status)
+    except BrokenPipeError:  # whoever read the output has seen enough, as ``head`` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(RunError.exit_status)
     except OSError as error:  # a folder that cannot be read, a full disk: the system's own words, without a traceback
         reason = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
         kept = "what was finished is kept, the same command goes on"
@@ -45,7 +69,28 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(RunError.exit_status)
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED_STATUS)
+    except Exception as error:
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # the latter is torch's
+            raise
+        print("error: memory ran out; what was finished is kept, the same command goes on", file=sys.stderr)
+        sys.exit(OutOfMemory.exit_status)
+
+
+def _end_with_parent() -> None:
+    """Where a batch runner started this process: end when it is gone, however it ended."""
+    lifeline = os.environ.pop(LIFELINE, None)
+    if lifeline is None:
+        return
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            os.read(int(lifeline), 1)  # nobody writes: it returns when the pipe is closed
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(SECONDS_TO_END)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:

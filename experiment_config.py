@@ -353,6 +353,7 @@ def add_flags(
     *,
     of: type = ExperimentConfig,
     axes: bool = False,
+    defaults: Mapping[str, str] | None = None,
 ) -> None:
     """Add the flags of a dataclass to ``parser``; values stay texts until checked.
 
@@ -362,6 +363,7 @@ def add_flags(
         aliases: flag to another option that means the same.
         of: the dataclass.
         axes: every flag takes several values; where it takes several words as one value, they have commas between them.
+        defaults: what to show instead of the dataclass's default.
     """
     wanted = set(only) if only is not None else {f.name for f in fields(of)}
     for field in fields(of):
@@ -370,6 +372,7 @@ def add_flags(
         options = [f"--{field.name}"] + ([aliases[field.name]] if aliases and field.name in aliases else [])
         kind, rule = _value_types(of)[field.name], field.metadata["rule"]
         names = "|".join(rule.names) if rule else ""
+        default = (defaults or {}).get(field.name) or shown_default(field)
         how = {"nargs": "?", "const": "True"} if kind is bool else {}
         if axes:
             how = {"nargs": "*" if kind is bool else "+", "action": "extend"}
@@ -380,7 +383,7 @@ def add_flags(
             dest=field.name,
             default=argparse.SUPPRESS,
             metavar=names or {bool: "True|False", int: "N", float: "X", str: "TEXT"}[kind],
-            help=f"{field.metadata['help']} (default: {shown_default(field)})".replace("%", "%%"),
+            help=f"{field.metadata['help']} (default: {default})".replace("%", "%%"),
             **how,
         )
 

@@ -102,6 +102,12 @@ class HydeWriter:
         self.model.count_cached(self._cache, {key for own in keys for key in own})
         return [[self._cache[key].value for key in own if key in self._cache] for own in keys]
 
+    def count_known(self, dataset: RetrievalDataset) -> tuple[int, int]:
+        """How many different passages a dataset takes, and how many of them are there already; asks nothing."""
+        keys = self._keys(dataset)
+        different = len({key for own in keys for key in own})
+        return different, different - len(self._missing(keys))
+
     def _keys(self, dataset: RetrievalDataset) -> list[list[str]]:
         """The keys of each query's passages."""
         every = map(self._messages, dataset.queries)

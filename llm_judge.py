@@ -211,6 +211,12 @@ class LLMJudge:
             self._note_no_logprobs()
             return self._score_in_numbers(dataset, sampled)
 
+    def count_known(self, dataset: RetrievalDataset, sampled: np.ndarray) -> tuple[int, int]:
+        """See :class:`rerankers.Reranker`."""
+        mode = self._likely_mode()
+        pairs = self._pairs(dataset, sampled, mode)
+        return len(pairs.first), len(pairs.first) - len(pairs.missing(self._caches[mode]))
+
     def _score_in_numbers(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
         logger.warning("%s gives no log probabilities: asking for numbers in the whole run", self.name)
         return self._score_pairs(self._pairs(dataset, sampled, "verbalized"), "verbalized")

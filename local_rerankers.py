@@ -16,7 +16,7 @@ import numpy as np
 
 from cache_utils import RecordCache, record_key
 from devices import free_device_memory, is_out_of_memory
-from errors import RunError, UserError
+from errors import OutOfMemory, UserError
 from instruction_templates import CausalPrompt
 from model_loading import ModelSource, load_model
 from retrieval_dataset import RetrievalDataset
@@ -122,17 +122,24 @@ class LocalReranker:
 
     def score(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
         """See :class:`rerankers.Reranker`."""
-
-        def text_of(query: int, document: int) -> Any:
-            texts = (dataset.queries[query], dataset.documents[document])
-            return texts if self.prompt is None else self.prompt.fill(*texts)
-
-        pairs = sampled_pairs(dataset, sampled, lambda query, document: record_key(text_of(query, document)))
+        pairs = self._pairs(dataset, sampled)
         self._cache.refresh()
         missing = pairs.missing(self._cache)
         failures = self._score_missing(pairs, missing) if missing else {}
         pairs.check_failures(failures, self.max_failed, ADVICE)
         return pairs.scores(self._cache)
+
+    def count_known(self, dataset: RetrievalDataset, sampled: np.ndarray) -> tuple[int, int]:
+        """See :class:`rerankers.Reranker`."""
+        pairs = self._pairs(dataset, sampled)
+        return len(pairs.first), len(pairs.first) - len(pairs.missing(self._cache))
+
+    def _pairs(self, dataset: RetrievalDataset, sampled: np.ndarray) -> SampledPairs:
+        def text_of(query: int, document: int) -> Any:
+            texts = (dataset.queries[query], dataset.documents[document])
+            return texts if self.prompt is None else self.prompt.fill(*texts)
+
+        return sampled_pairs(dataset, sampled, lambda query, document: record_key(text_of(query, document)))
 
     def _score_missing(self, pairs: SampledPairs, missing: dict[str, tuple[int, int]]) -> dict[str, str]:
         if self._model is None:
@@ -175,7 +182,7 @@ class LocalReranker:
                 if not is_out_of_memory(error):
                     raise
                 if len(texts) == 1:
-                    raise RunError(
+                    raise OutOfMemory(
                         f"one pair alone does not fit into the memory of {self.device}; finished scores are kept; try "
                         "a smaller --reranker_max_tokens"
                     ) from None
@@ -189,7 +196,8 @@ class LocalReranker:
             self._model.to(device)
         except RuntimeError as error:
             if is_out_of_memory(error):
-                raise RunError(f"{self.name} does not fit into the memory of {device}; try another --device") from None
+                what = f"{self.name} does not fit into the memory of {device}"
+                raise OutOfMemory(f"{what}; try another --device") from None
             raise
 
 

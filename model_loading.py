@@ -5,6 +5,7 @@ Knows neither embedding nor scoring: both kinds of model are found and loaded he
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -17,7 +18,7 @@ from typing import Any
 
 from devices import is_out_of_memory
 from downloads import hub_is_reachable
-from errors import RunError, UserError, is_folder
+from errors import OutOfMemory, UserError, is_folder
 
 logger = logging.getLogger(__name__)
 PACKAGED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -90,6 +91,7 @@ def _hub_name(name: str) -> str:
     return name if "/" in name else f"sentence-transformers/{name}"
 
 
+@functools.cache
 def name_identity(name: str, revision: str = "main") -> str:
     """What the name alone says of which model it is: a folder's files, or hub name and revision; looks nothing up."""
     path = Path(name).expanduser()
@@ -186,7 +188,7 @@ def load_model(flag: str, source: ModelSource, load: Callable[[], Any], unused_w
 
     Raises:
         UserError: weights are missing, the model needs code that is not trusted, or it cannot be loaded at all.
-        RunError: it does not fit into memory.
+        OutOfMemory: it does not fit into memory.
     """
     name = source.name
     if source.identity == f"sha256 {PACKAGED_SHA256}":
@@ -207,7 +209,7 @@ def load_model(flag: str, source: ModelSource, load: Callable[[], Any], unused_w
         if "trust_remote_code" in str(error):
             raise UserError(remote_code_message(flag, name)) from None
         if is_out_of_memory(error):
-            raise RunError(f"{flag}: {name} does not fit into memory; try another --device or dtype") from None
+            raise OutOfMemory(f"{flag}: {name} does not fit into memory; try another --device or dtype") from None
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{flag}: {name} cannot be loaded ({type(error).__name__}: {reason})") from None
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -23,8 +23,21 @@ def unit_length(vectors: np.ndarray) -> np.ndarray:
     return vectors
 
 
+Product = Callable[[np.ndarray, np.ndarray, np.ndarray], object]  # of float32 matrices, into the third
+
+
+def torch_product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
+    """The matrix product of runs; shares the memory of its arguments."""
+    import torch
+
+    torch.matmul(torch.from_numpy(a), torch.from_numpy(b), out=torch.from_numpy(out))
+
+
 def score_blocks(
-    queries: np.ndarray, documents: np.ndarray, repeats: tuple[np.ndarray, np.ndarray] | None = None
+    queries: np.ndarray,
+    documents: np.ndarray,
+    repeats: tuple[np.ndarray, np.ndarray] | None = None,
+    product: Product = torch_product,
 ) -> Iterator[tuple[slice, np.ndarray]]:
     """Cosines, a block of queries at a time.
 
@@ -32,23 +45,21 @@ def score_blocks(
         queries: float32 [Q, D].
         documents: float32 [N, D], of unit length.
         repeats: as ``RetrievalDataset.repeats``: documents that get the very score of an equal one.
+        product: multiplies; another one may give other last bits.
 
     Yields:
         which queries, and float32 [B, N], whose memory the next block takes over.
     """
-    import torch
-
-    unit_queries = torch.from_numpy(unit_length(queries.copy()))
-    transposed = torch.from_numpy(documents).T
+    unit_queries = unit_length(queries.copy())
     size = min(len(queries), max(1, BLOCK_SCORES // len(documents)))
-    scores = torch.empty(size, len(documents))
+    scores = np.empty((size, len(documents)), dtype=np.float32)
     for start in range(0, len(queries), size):
         rows = slice(start, min(start + size, len(queries)))
         block = scores[: rows.stop - rows.start]
-        torch.matmul(unit_queries[rows], transposed, out=block)
+        product(unit_queries[rows], documents.T, block)
         if repeats is not None and len(repeats[0]):
             block[:, repeats[0]] = block[:, repeats[1]]
-        yield rows, block.numpy()
+        yield rows, block
 
 
 def candidate_scores(
@@ -79,6 +90,7 @@ def sample_documents(
     total_scores: int,
     scores_from_top: int,
     seed: int,
+    product: Product = torch_product,
 ) -> np.ndarray:
     """Draw documents for the teacher by the ranking of these queries.
 
@@ -90,13 +102,14 @@ def sample_documents(
         scores_from_top: how many of them are the first ranks; the others are drawn from the rest, for every query
             afresh from the same seed.
         seed: of the drawn ranks.
+        product: as in :func:`score_blocks`.
 
     Returns:
         int64 [Q, K], document indices, K at most ``total_scores``; -1 where a query has fewer candidates than K.
     """
     k = min(total_scores, int(dataset.candidate_counts().max()))
     sampled = np.full((len(queries), k), -1, dtype=np.int64)
-    for rows, scores in score_blocks(queries, documents, dataset.repeats):
+    for rows, scores in score_blocks(queries, documents, dataset.repeats, product):
         for query, candidates, own_scores in candidate_scores(rows, scores, dataset):
             ranks = sampled_ranks(len(own_scores), total_scores, scores_from_top, seed)
             chosen = top_documents(own_scores, ranks)

@@ -1,8 +1,9 @@
 """Teachers: queries with their sampled documents in, scores out; one factory by name. Knows no vector.
 
-A teacher is an object with ``name``, ``identity``, ``score_mode``, ``usage``, ``has_worked()``, ``load(dataset)`` and
-``score(dataset, sampled)``. To add one, write such a class and enter its names in ``reranker_kind`` and its making in
-``find_reranker``. What runs here is in ``local_rerankers.py``, what is asked over a network in ``llm_judge.py``.
+A teacher is an object with ``name``, ``identity``, ``score_mode``, ``usage``, ``has_worked()``, ``load(dataset)``,
+``score(dataset, sampled)`` and ``count_known(dataset, sampled)``. To add one, write such a class and enter its names in
+``reranker_kind``, its making in ``find_reranker`` and what its scores depend on in ``teacher_setup``. What runs here is
+in ``local_rerankers.py``, what is asked over a network in ``llm_judge.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from llm_client import Usage, language_model
 from llm_judge import LLMJudge, judge_identity
 from llm_services import find_model_address, full_name
 from local_rerankers import FLAG, LocalReranker
-from model_loading import find_model, name_identity
+from model_loading import check_model_name, find_model, name_identity
 from retrieval_dataset import DatasetFacts, RetrievalDataset
 
 PREFIXES = ("LiteLLM", "CrossEncoder", "CausalLM")  # OpenAI is left out: openai/… are models too
@@ -63,6 +64,10 @@ class Reranker(Protocol):
         """
         ...
 
+    def count_known(self, dataset: RetrievalDataset, sampled: np.ndarray) -> tuple[int, int]:
+        """How many different scores a sample takes, and how many of them are there already; asks nothing."""
+        ...
+
 
 class GoldReranker:
     """The gold labels as teacher: 1 for a relevant document, 0 for another. An oracle."""
@@ -85,6 +90,11 @@ class GoldReranker:
         rows = (relevance.indices[a:b] for a, b in zip(relevance.indptr, relevance.indptr[1:], strict=False))
         scores = np.array([np.isin(row, wanted) for row, wanted in zip(sampled, rows, strict=True)], dtype=np.float32)
         return np.where(sampled >= 0, scores, np.float32(math.nan))
+
+    def count_known(self, dataset: RetrievalDataset, sampled: np.ndarray) -> tuple[int, int]:
+        """See :class:`Reranker`."""
+        count = int((sampled >= 0).sum())
+        return count, count
 
 
 # --- By name ---------------------------------------------------------------------------------------------------------
@@ -122,7 +132,9 @@ def check_reranker(config: ExperimentConfig) -> None:
         raise UserError(f"{FLAG}: got {config.reranker_model!r}; did you mean {known[prefix.lower()]}/…?")
     if kind == "endpoint" and model.startswith((".", "/", "~")):
         raise UserError(f"{FLAG}: {model} is not a folder")
-    if kind == "endpoint":
+    if kind != "endpoint":
+        check_model_name(model, FLAG)
+    else:
         find_model_address(FLAG, model, "; --optimize_with_gold and cross-encoder/NAME need no endpoint")
 
 

@@ -24,12 +24,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache_utils import write_atomically
-from errors import UserError, check_writable
+from errors import FolderBusy, UserError, check_writable
 from retrieval_dataset import RetrievalDataset
 
 logger = logging.getLogger(__name__)
-LOCK, RERUN_LOG = ".lock", "rerun.log"
-VARIANTS = ("embeddings", "optimized_embeddings", "hyde", "optimized_hyde_embeddings")
+LOCK, LOG, RERUN_LOG = ".lock", "run.log", "rerun.log"
+LOGS = (LOG, RERUN_LOG)
+# The variants of a query, as files are named after them and as people read them.
+VARIANTS = {
+    "embeddings": "original",
+    "optimized_embeddings": "refined",
+    "hyde": "HyDE",
+    "optimized_hyde_embeddings": "refined HyDE",
+}
 ROW_GROUP = 1 << 20  # rows; a block of scores that is larger stays in one piece
 PACKAGES = ("torch", "sentence-transformers", "transformers", "numpy", "pyarrow")
 RAW_SCHEMA = pa.schema(
@@ -67,6 +74,15 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read ``config.json`` or ``summary.json``; empty where there is none, or none that a run wrote."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 class RunFolder:
     """``output_dir/experiment_name``: made when the run starts, marked completed when it ends.
 
@@ -91,10 +107,15 @@ class RunFolder:
         """
         check_writable("--output_dir", self.folder)
         if self.folder.is_dir():
-            self._earlier_status()
+            self._earlier_run_completed = self._earlier_status() == "completed"
             if (self.folder / LOCK).exists():
                 self._take_lock()
                 self.release()
+
+    @property
+    def log_path(self) -> Path:
+        """Where the next run's log goes: beside the log of a completed one, which counts until the new one is done."""
+        return self.folder / (RERUN_LOG if self._earlier_run_completed else LOG)
 
     def begin(self, settings: dict[str, Any]) -> Path:
         """Make the folder, take it for this run, and mark it running; returns where the log goes.
@@ -114,9 +135,9 @@ class RunFolder:
                 left_over.unlink()
             if self._earlier_run_completed:
                 logger.info("the results of an earlier run in %s will be replaced", self.folder)
-                return self.folder / RERUN_LOG
-            self.set_status("running")
-            return self.folder / "run.log"
+            else:
+                self.set_status("running")
+            return self.log_path
         except OSError as error:
             raise UserError(f"--output_dir: {self.folder} cannot be written ({error.strerror})") from None
 
@@ -130,7 +151,8 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
+            self.release()
+            raise FolderBusy(
                 f"--experiment_name: another run is writing to {self.folder}; wait for it or choose another name"
             ) from None
         except OSError as error:
@@ -144,23 +166,21 @@ class RunFolder:
 
     def _earlier_status(self) -> str | None:
         """The status of the run that lies in the folder, or None where there is none."""
-        if not any(name != "run.log" and not name.startswith(".") for name in os.listdir(self.folder)):
+        if not any(name not in LOGS and not name.startswith(".") for name in os.listdir(self.folder)):
             return None
-        try:
-            earlier = json.loads((self.folder / "config.json").read_bytes())
-            status, _ = earlier["status"], earlier["experiment_name"]
-        except (OSError, ValueError, KeyError, TypeError):
+        earlier = read_json(self.folder / "config.json")
+        if not {"status", "experiment_name"} <= earlier.keys():
             raise UserError(
                 f"--experiment_name: {self.folder} holds something else than a run of this program; choose another name"
-            ) from None
-        return status
+            )
+        return earlier["status"]
 
     def clear(self) -> None:
         """Take an earlier run's results away; called when all is computed that may fail, before anything is written."""
         if self._earlier_run_completed:
             self._earlier_run_completed = False
             self.set_status("running")
-            os.replace(self.folder / RERUN_LOG, self.folder / "run.log")
+            os.replace(self.folder / RERUN_LOG, self.folder / LOG)
         for variant in VARIANTS:
             for name in (f"{variant}_results.csv", f"{variant}_raw_scores.parquet", f"tensors/{variant}.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
@@ -299,20 +319,23 @@ def comparison_table(means: dict[str, dict[str, float]], metrics: Sequence[str])
         means: variant name to metric name to mean; "embeddings" is the original query.
         metrics: which rows.
     """
-    names = {
-        "embeddings": "original",
-        "optimized_embeddings": "refined",
-        "hyde": "HyDE",
-        "optimized_hyde_embeddings": "refined HyDE",
-    }
     others = [variant for variant in means if variant != "embeddings"]
-    header = ["metric", "original"] + [word for variant in others for word in (names.get(variant, variant), "change")]
+    header = ["metric", "original"] + [word for variant in others for word in (VARIANTS[variant], "change")]
     lines = [header]
     for metric in metrics:
         original = means["embeddings"][metric]
         cells = [(f"{means[v][metric]:.4f}", f"{means[v][metric] - original:+.4f}") for v in others]
         lines.append([metric, f"{original:.4f}", *(cell for pair in cells for cell in pair)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    names_left = [f"{line[0]:<{widths[0]}}" for line in lines]
-    numbers_right = [[f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True)] for line in lines]
-    return "\n".join("  ".join([name, *cells]) for name, cells in zip(names_left, numbers_right, strict=True))
+    return aligned(lines, left=1)
+
+
+def aligned(lines: Sequence[Sequence[str]], left: int) -> str:
+    """Cells in columns, two spaces between them: the first ``left`` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            f"{cell:{'<' if i < left else '>'}{width}}"
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
+import os
+import stat
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,30 +22,32 @@ QUIET_LIBRARIES = (
 )
 
 
+FILE_FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+
+
 def start_logging() -> logging.handlers.MemoryHandler:
     """Log to the terminal, and keep the lines until the run's folder is there to hold them."""
     terminal = logging.StreamHandler()
+    terminal.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
+    if stat.S_ISREG(os.fstat(sys.stderr.fileno()).st_mode):
+        terminal.setFormatter(FILE_FORMAT)
     memory = logging.handlers.MemoryHandler(capacity=KEPT_LINES, flushLevel=logging.CRITICAL + 1)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname).1s %(message)s",
-        datefmt="%H:%M:%S",
-        handlers=[terminal, memory],
-        force=True,
-    )
+    logging.basicConfig(level=logging.INFO, handlers=[terminal, memory], force=True)
     for library in QUIET_LIBRARIES:
         logging.getLogger(library).setLevel(logging.WARNING)
     return memory
 
 
 def log_to_file(memory: logging.handlers.MemoryHandler, path: Path) -> None:
-    """Send the kept lines and all later ones to ``path``."""
-    file = logging.FileHandler(path, mode="w", encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    memory.setTarget(file)
-    memory.flush()
+    """Send the kept lines and all later ones to ``path``, unless they go there already, as a batch runner has it."""
     root = logging.getLogger()
     root.removeHandler(memory)
+    if path.exists() and os.path.samestat(path.stat(), os.fstat(sys.stderr.fileno())):
+        return
+    file = logging.FileHandler(path, mode="w", encoding="utf-8")
+    file.setFormatter(FILE_FORMAT)
+    memory.setTarget(file)
+    memory.flush()
     root.addHandler(file)
 
 

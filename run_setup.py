@@ -12,8 +12,8 @@ from embedders import TextEmbedder, check_remote_code, embedding_setup
 from errors import UserError, check_writable, is_folder
 from experiment_config import ExperimentConfig, short_hash
 from hyde import HydeWriter, check_hyde, find_hyde_writer, hyde_setup
-from instruction_templates import FilledTexts, read_templates, templates_for
-from model_loading import find_model, name_identity
+from instruction_templates import FilledTexts, templates_for
+from model_loading import check_model_name, find_model, name_identity
 from rerankers import Reranker, check_reranker, find_reranker, teacher_setup
 from retrieval_dataset import DatasetFacts, RetrievalDataset
 
@@ -61,32 +61,42 @@ class Run:
         return {"name": self.reranker.name, "score_mode": self.reranker.score_mode}
 
 
-def check_inputs(config: ExperimentConfig) -> dict[str, Any]:
-    """Check what embedding needs, before anything is loaded; returns the templates and prompts.
+def check_run(config: ExperimentConfig) -> None:
+    """Say all at once what is wrong with a run, as far as it shows without loading or asking anything.
 
     Raises:
-        UserError: the dataset's name, the cache's place or the template file is wrong.
-    """
-    check_dataset_name(config.dataset)
-    if not is_folder(config.cache_dir):  # a full cache may be read-only
-        check_writable("--cache_dir", Path(config.cache_dir))
-    return read_templates(config.instruction_templates)
-
-
-def check_teachers(config: ExperimentConfig) -> None:
-    """Say at once, without loading or asking anything, when the teacher or the writer of passages cannot be had.
-
-    Raises:
-        UserError: naming the flag or the environment variable, one line each.
+        UserError: naming the flags or the environment variables, one line each.
     """
     problems = []
-    for check in (check_reranker, check_hyde):
+    for check in (check_inputs, check_reranker, check_hyde, check_output):
         try:
             check(config)
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
+
+
+def check_inputs(config: ExperimentConfig) -> None:
+    """Check what embedding needs.
+
+    Raises:
+        UserError: the name of the dataset or of the model, or the cache's place is wrong.
+    """
+    check_dataset_name(config.dataset)
+    check_remote_code(config.embedding_model, config.trust_remote_code)
+    check_model_name(config.embedding_model)
+    if not is_folder(config.cache_dir):  # a full cache may be read-only
+        check_writable("--cache_dir", Path(config.cache_dir))
+
+
+def check_output(config: ExperimentConfig) -> None:
+    """Check where results go.
+
+    Raises:
+        UserError: nobody can write there.
+    """
+    check_writable("--output_dir", Path(config.output_dir))
 
 
 def prepare(
@@ -119,7 +129,6 @@ def load_models(this: Run) -> None:
 
 def make_embedder(config: ExperimentConfig, device: str) -> TextEmbedder:
     """The embedding model that the flags name, not loaded yet."""
-    check_remote_code(config.embedding_model, config.trust_remote_code)
     return TextEmbedder(
         source=find_model(config.embedding_model, config.embedding_model_revision),
         cache_dir=config.cache_dir,
@@ -131,32 +140,39 @@ def make_embedder(config: ExperimentConfig, device: str) -> TextEmbedder:
     )
 
 
-def embedder_setup(config: ExperimentConfig) -> dict[str, Any]:
-    """What makes the vectors as far as the flags tell it; looks nothing up."""
-    model = config.embedding_model
-    identity = name_identity(model, config.embedding_model_revision)
-    return embedding_setup(model, identity, identity, config.embedder_dtype, config.embedder_max_tokens)
-
-
-def run_hash(config: ExperimentConfig, prompts: dict[str, Any], dataset: DatasetFacts) -> str:
-    """Hash over all that changes a figure, as far as it is known before anything is loaded.
+def run_sources(config: ExperimentConfig, prompts: dict[str, Any], dataset: DatasetFacts) -> dict[str, Any]:
+    """What a run's figures come from beside the flags of the method, as far as it is known before anything is loaded.
 
     What a flag stands for counts, not how it is written: the files of a dataset's or a model's folder, the templates
     and prompts that this run uses. A hub model counts by name and revision, and ``--llm_score_mode auto`` as such; the
-    commit, and the mode it came to, stand in ``config.json`` beside the hash.
+    commit, and the mode it came to, stand in ``config.json``.
 
     Args:
         config: the run's flags.
         prompts: from :func:`instruction_templates.read_templates`.
         dataset: from :func:`dataset_loaders.dataset_facts`.
+
+    Returns:
+        JSON-able values of "dataset", "embedder", "templates", "teacher" and "hyde"; None for a part not needed.
     """
-    flags = {name: value for name, value in config.result_flags().items() if name not in RESOLVED_FLAGS}
     templates = asdict(templates_for(prompts, config.embedding_model, dataset))
     del templates["entry"]
-    teacher, hyde = teacher_setup(config, prompts, dataset), hyde_setup(config, prompts, dataset)
-    return short_hash(
-        [flags, config.variants, dataset.name, dataset.identity, embedder_setup(config), templates, teacher, hyde]
-    )
+    identity = name_identity(config.embedding_model, config.embedding_model_revision)
+    return {
+        "dataset": [dataset.name, dataset.identity],
+        "embedder": embedding_setup(
+            config.embedding_model, identity, identity, config.embedder_dtype, config.embedder_max_tokens
+        ),
+        "templates": templates,
+        "teacher": teacher_setup(config, prompts, dataset),
+        "hyde": hyde_setup(config, prompts, dataset),
+    }
+
+
+def run_hash(config: ExperimentConfig, sources: dict[str, Any]) -> str:
+    """Hash over all that changes a figure: the flags of the method, and the run's sources."""
+    flags = {name: value for name, value in config.result_flags().items() if name not in RESOLVED_FLAGS}
+    return short_hash([flags, config.variants, sources])
 
 
 def run_name(config: ExperimentConfig, dataset: DatasetFacts, *more: str) -> str:

@@ -1,0 +1,205 @@
+"""What runs are going to ask, counted before they start: scores of teachers, passages of HyDE. Asks and writes nothing.
+
+Without a model it is known which ranks the teacher gets to see, not which documents are on them: so a count is the
+most there can be. Where a dataset's vectors are in the cache, the documents are known too, and with them what is
+cached. (They are ranked here without torch, whose import alone takes a second; two documents with the same cosine to
+seven digits may so change places at the edge of a sample.)
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cache_utils import text_keys
+from dataset_loaders import is_at_hand, load_dataset
+from embedding_adaptation import REFINED_FROM, hyde_vectors
+from errors import UserError
+from experiment_grid import PlannedRun
+from hyde import HydeWriter, find_hyde_writer
+from instruction_templates import fill_templates, read_templates, templates_for
+from ranking import sample_documents, sampled_ranks, unit_length
+from rerankers import Reranker, find_reranker
+from retrieval_dataset import RetrievalDataset
+from run_setup import Run, make_embedder
+
+MOST_DOCUMENTS = 200_000  # of a dataset that is looked at
+MOST_PRODUCTS = 3e10  # multiplications to rank documents with in one preview, about a second
+
+
+@dataclass
+class Cost:
+    """Answers of one model on one dataset.
+
+    Attributes:
+        what: "teacher scores" or "HyDE passages".
+        dataset, model: names.
+        at_most: how many answers the runs take together.
+        cached: how many of them are known to be in the cache.
+        unknown: why that is not known of all; empty where it is.
+    """
+
+    what: str
+    dataset: str
+    model: str
+    at_most: int = 0
+    cached: int = 0
+    unknown: dict[str, None] = field(default_factory=dict)
+
+
+class _UnknownError(Exception):
+    """What is cached cannot be seen without more work than a preview does."""
+
+
+def count_costs(runs: Iterable[PlannedRun]) -> list[Cost]:
+    """The answers that runs take; those that several of them share count once."""
+    groups: dict[str, list[PlannedRun]] = collections.defaultdict(list)
+    for run in runs:
+        if run.answers:
+            groups[run.answers].append(run)
+    # The same passages and scores are asked for whatever model embeds: one cost for all groups with the same key.
+    passages: dict[str, list[PlannedRun]] = {}
+    teachers: dict[str, list[list[PlannedRun]]] = collections.defaultdict(list)
+    for members in groups.values():
+        sources = members[0].sources
+        if sources["hyde"]:
+            identity = {name: value for name, value in sources["hyde"][0].items() if name != "samples"}
+            passages.setdefault(_key(sources["dataset"], identity), []).extend(members)
+        if members[0].asks_teacher:
+            teachers[_key(sources["dataset"], sources["teacher"])].append(members)
+    preview = _Preview()
+    costs = [preview.passages(members) for members in passages.values()]
+    return costs + [preview.scores(own_groups) for own_groups in teachers.values()]
+
+
+def _key(*parts: Any) -> str:
+    return json.dumps(parts, sort_keys=True)
+
+
+class _Preview:
+    """Looks at datasets and caches, each once, as far as that takes little time."""
+
+    def __init__(self) -> None:
+        self._products_left = MOST_PRODUCTS
+        self._datasets: dict[tuple[str, str], RetrievalDataset] = {}
+        self._prompts: dict[str, dict[str, Any]] = {}
+
+    # --- HyDE ---
+
+    def passages(self, runs: Sequence[PlannedRun]) -> Cost:
+        """The passages of some runs with one writer and dataset."""
+        run = max(runs, key=lambda run: run.config.hyde_samples)  # the others' are among its passages
+        cost = Cost("HyDE passages", run.dataset.name, run.sources["hyde"][0]["model"])
+        cost.at_most = run.dataset.queries * run.config.hyde_samples
+        try:
+            cost.at_most, cost.cached = self._writer(run).count_known(self._dataset(run))
+        except (_UnknownError, UserError) as error:
+            cost.unknown[_first_line(error)] = None
+        return cost
+
+    def _writer(self, run: PlannedRun) -> HydeWriter:
+        return find_hyde_writer(run.config, self._prompts_of(run), self._dataset(run))
+
+    # --- Teachers ---
+
+    def scores(self, groups: Sequence[Sequence[PlannedRun]]) -> Cost:
+        """The scores of groups of runs with one teacher and dataset; within a group, the documents' ranks are equal."""
+        first = groups[0][0]
+        cost = Cost("teacher scores", first.dataset.name, _teacher_name(first))
+        samples: list[np.ndarray] = []
+        for members in groups:
+            for start in sorted({start for run in members for start in _starts(run)}):
+                wanted = sorted({run.sample for run in members if start in _starts(run)}, key=str)
+                try:
+                    samples += self._samples(members[0], start, wanted)
+                except (_UnknownError, UserError) as error:
+                    cost.unknown[_first_line(error)] = None
+                    cost.at_most += _most_scores(first, wanted)
+        if samples:
+            try:
+                reranker = self._reranker(first)
+                known, cost.cached = reranker.count_known(self._dataset(first), np.concatenate(samples, axis=1))
+                cost.at_most += known
+            except (_UnknownError, UserError) as error:
+                cost.unknown[_first_line(error)] = None
+                cost.at_most += sum(int((sample >= 0).sum()) for sample in samples)
+        cost.at_most = min(cost.at_most, first.dataset.queries * first.dataset.documents)
+        return cost
+
+    def _reranker(self, run: PlannedRun) -> Reranker:
+        return find_reranker(run.config, "cpu", self._prompts_of(run), self._dataset(run))
+
+    def _samples(self, run: PlannedRun, start: str, wanted: Sequence[tuple[int, int, int | None]]) -> list[np.ndarray]:
+        """The documents that are sampled, int64 [Q, K] for each of the wanted samples."""
+        dataset, config = self._dataset(run), run.config
+        texts = fill_templates(templates_for(self._prompts_of(run), config.embedding_model, dataset), dataset)
+        embedder = make_embedder(config, "cpu")
+        if embedder.must_embed(texts):
+            raise _UnknownError("before embedding")
+        products = len(dataset.queries) * len(dataset.documents) * embedder.cache.dimension * len(wanted)
+        if products > self._products_left:
+            raise _UnknownError("too much for a preview")
+        self._products_left -= products
+        documents = unit_length(embedder.embed(texts.documents, "document"))
+        vectors = embedder.embed(texts.queries, "query")
+        if start == "hyde":
+            writer = self._writer(run)
+            known = Run(config, dataset, texts, embedder, None, writer)
+            vectors = hyde_vectors(vectors, _cached_passages(writer, known), known)
+        return [
+            sample_documents(vectors, documents, dataset, total, from_top, seed or 0, product=np.matmul)
+            for total, from_top, seed in wanted
+        ]
+
+    # --- What is read ---
+
+    def _dataset(self, run: PlannedRun) -> RetrievalDataset:
+        name, data_dir = run.config.dataset, run.config.data_dir
+        if run.dataset.documents > MOST_DOCUMENTS:
+            raise _UnknownError("too much for a preview")
+        if not is_at_hand(name, data_dir):
+            raise _UnknownError("the dataset is not loaded for a preview")
+        if (name, data_dir) not in self._datasets:
+            self._datasets[name, data_dir] = load_dataset(name, data_dir)
+        return self._datasets[name, data_dir]
+
+    def _prompts_of(self, run: PlannedRun) -> dict[str, Any]:
+        path = run.config.instruction_templates
+        if path not in self._prompts:
+            self._prompts[path] = read_templates(path)
+        return self._prompts[path]
+
+
+def _cached_passages(writer: HydeWriter, known: Run) -> list[list[str]]:
+    different, there = writer.count_known(known.dataset)
+    if there < different:
+        raise _UnknownError("before the passages are written")
+    passages = writer.write(known.dataset)
+    filled = [known.texts.templates.fill_query(passage) for own in passages for passage in own]
+    if not known.embedder.cache.contains(text_keys(filled, "query")).all():
+        raise _UnknownError("before embedding")
+    return passages
+
+
+def _starts(run: PlannedRun) -> set[str]:
+    return {start for variant, start in REFINED_FROM.items() if variant in run.config.variants}
+
+
+def _most_scores(run: PlannedRun, wanted: Sequence[tuple[int, int, int | None]]) -> int:
+    """Scores of all queries when each of the wanted samples is scored: a rank that several hold counts once."""
+    documents = run.dataset.documents
+    ranks = [sampled_ranks(documents, total, from_top, seed or 0) for total, from_top, seed in wanted]
+    return run.dataset.queries * len(np.unique(np.concatenate(ranks)))
+
+
+def _teacher_name(run: PlannedRun) -> str:
+    return run.sources["teacher"]["model"] if "kind" not in run.sources["teacher"] else run.config.reranker_model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
