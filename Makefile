@@ -22,9 +22,9 @@ install: .venv/.run  ## make .venv with what the scripts need
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ .venv/.run
 
-demo: .venv/.run  ## the main job on the Demo dataset: real model, gold teacher, results in output/
-	$(BIN)/python embedding_adaptation.py --dataset Demo --embedding_model sentence-transformers/all-MiniLM-L6-v2 \
-		--optimize_with_gold --experiment_name demo
+demo: .venv/.run  ## a grid of two runs on the Demo dataset: real model, gold teacher, results in output/
+	$(BIN)/python run_experiments.py --datasets Demo --embedding_models sentence-transformers/all-MiniLM-L6-v2 \
+		--optimize_with_gold --lr 1e-4 1e-3 --parallel 2 --experiment_prefix demo
 
 test: .venv/.dev  ## the test suite, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile

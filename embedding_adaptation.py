@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from errors import UserError, run_command
 from experiment_config import ExperimentConfig, parse_arguments
 from instruction_templates import fill_templates, read_templates, templates_for
 from metrics import METRICS, mean_metrics
-from ranking import measure, sample_documents, score_blocks, unit_length
+from ranking import measure, sample_documents, sampled_ranks, score_blocks, unit_length
 from results import RunFolder, comparison_table, package_versions, write_json
 from retrieval_dataset import RetrievalDataset
 from run_log import log_to_file, start_logging
@@ -142,9 +143,7 @@ def compute(this: Run, folder: RunFolder, seconds: dict[str, float]) -> dict[str
     refined_from = {variant: start for variant, start in REFINED_FROM.items() if variant in config.variants}
     with stage("sample documents", seconds):
         samples = {
-            start: sample_documents(
-                vectors[start], documents, dataset, config.total_scores, config.scores_from_top, config.random_seed
-            )
+            start: sample_documents(vectors[start], documents, dataset, partial(ranks_for_teacher, config))
             for start in refined_from.values()
         }
 
@@ -175,6 +174,11 @@ def compute(this: Run, folder: RunFolder, seconds: dict[str, float]) -> dict[str
 
 
 # --- Steps -----------------------------------------------------------------------------------------------------------
+
+
+def ranks_for_teacher(config: ExperimentConfig, n_candidates: int) -> np.ndarray:
+    """Which of a query's ranks the teacher gets to see, int64 [K]; every query draws afresh from the same seed."""
+    return sampled_ranks(n_candidates, config.total_scores, config.scores_from_top, config.random_seed)
 
 
 def hyde_vectors(queries: np.ndarray, passages: list[list[str]], this: Run) -> np.ndarray:

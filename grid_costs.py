@@ -10,25 +10,28 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from cache_utils import text_keys
 from dataset_loaders import is_at_hand, load_dataset
-from embedding_adaptation import REFINED_FROM, hyde_vectors
+from embedding_adaptation import REFINED_FROM, hyde_vectors, ranks_for_teacher
 from errors import UserError
+from experiment_config import ExperimentConfig
 from experiment_grid import PlannedRun
 from hyde import HydeWriter, find_hyde_writer
 from instruction_templates import fill_templates, read_templates, templates_for
-from ranking import sample_documents, sampled_ranks, unit_length
+from ranking import sample_documents, unit_length
 from rerankers import Reranker, find_reranker
 from retrieval_dataset import RetrievalDataset
 from run_setup import Run, make_embedder
 
 MOST_DOCUMENTS = 200_000  # of a dataset that is looked at
+MOST_SAMPLES = 100  # different ones of a dataset and model
 MOST_PRODUCTS = 3e10  # multiplications to rank documents with in one preview, about a second
 
 
@@ -114,12 +117,13 @@ class _Preview:
         samples: list[np.ndarray] = []
         for members in groups:
             for start in sorted({start for run in members for start in _starts(run)}):
-                wanted = sorted({run.sample for run in members if start in _starts(run)}, key=str)
+                different = {run.sample: run.config for run in members if start in _starts(run)}
+                ranks_of = partial(_ranks, list(different.values()))
                 try:
-                    samples += self._samples(members[0], start, wanted)
+                    samples.append(self._sample(members[0], start, ranks_of, len(different)))
                 except (_UnknownError, UserError) as error:
                     cost.unknown[_first_line(error)] = None
-                    cost.at_most += _most_scores(first, wanted)
+                    cost.at_most += first.dataset.queries * len(ranks_of(first.dataset.documents))
         if samples:
             try:
                 reranker = self._reranker(first)
@@ -134,15 +138,15 @@ class _Preview:
     def _reranker(self, run: PlannedRun) -> Reranker:
         return find_reranker(run.config, "cpu", self._prompts_of(run), self._dataset(run))
 
-    def _samples(self, run: PlannedRun, start: str, wanted: Sequence[tuple[int, int, int | None]]) -> list[np.ndarray]:
-        """The documents that are sampled, int64 [Q, K] for each of the wanted samples."""
+    def _sample(self, run: PlannedRun, start: str, ranks_of: Callable[[int], np.ndarray], samples: int) -> np.ndarray:
+        """The documents on the ranks that runs like this one sample, int64 [Q, K]."""
         dataset, config = self._dataset(run), run.config
         texts = fill_templates(templates_for(self._prompts_of(run), config.embedding_model, dataset), dataset)
         embedder = make_embedder(config, "cpu")
         if embedder.must_embed(texts):
             raise _UnknownError("before embedding")
-        products = len(dataset.queries) * len(dataset.documents) * embedder.cache.dimension * len(wanted)
-        if products > self._products_left:
+        products = len(dataset.queries) * len(dataset.documents) * embedder.cache.dimension
+        if products > self._products_left or samples > MOST_SAMPLES:
             raise _UnknownError("too much for a preview")
         self._products_left -= products
         documents = unit_length(embedder.embed(texts.documents, "document"))
@@ -151,10 +155,7 @@ class _Preview:
             writer = self._writer(run)
             known = Run(config, dataset, texts, embedder, None, writer)
             vectors = hyde_vectors(vectors, _cached_passages(writer, known), known)
-        return [
-            sample_documents(vectors, documents, dataset, total, from_top, seed or 0, product=np.matmul)
-            for total, from_top, seed in wanted
-        ]
+        return sample_documents(vectors, documents, dataset, ranks_of, product=np.matmul)
 
     # --- What is read ---
 
@@ -190,11 +191,9 @@ def _starts(run: PlannedRun) -> set[str]:
     return {start for variant, start in REFINED_FROM.items() if variant in run.config.variants}
 
 
-def _most_scores(run: PlannedRun, wanted: Sequence[tuple[int, int, int | None]]) -> int:
-    """Scores of all queries when each of the wanted samples is scored: a rank that several hold counts once."""
-    documents = run.dataset.documents
-    ranks = [sampled_ranks(documents, total, from_top, seed or 0) for total, from_top, seed in wanted]
-    return run.dataset.queries * len(np.unique(np.concatenate(ranks)))
+def _ranks(configs: Sequence[ExperimentConfig], n_candidates: int) -> np.ndarray:
+    """The ranks that teachers of some runs see, int64 [K]: what several of them see counts once."""
+    return np.unique(np.concatenate([ranks_for_teacher(config, n_candidates) for config in configs]))
 
 
 def _teacher_name(run: PlannedRun) -> str:

@@ -93,9 +93,9 @@ def _hub_name(name: str) -> str:
 
 @functools.cache
 def name_identity(name: str, revision: str = "main") -> str:
-    """What the name alone says of which model it is: a folder's files, or hub name and revision; looks nothing up."""
+    """What a name says of which model it is: a folder's name and files, or hub name and revision; looks nothing up."""
     path = Path(name).expanduser()
-    return _folder_identity(path) if is_folder(path) else f"{_hub_name(name)} at {revision}"
+    return f"{path.name} {_folder_identity(path)}" if is_folder(path) else f"{_hub_name(name)} at {revision}"
 
 
 def _folder_identity(folder: Path) -> str:

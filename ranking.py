@@ -87,32 +87,26 @@ def sample_documents(
     queries: np.ndarray,
     documents: np.ndarray,
     dataset: RetrievalDataset,
-    total_scores: int,
-    scores_from_top: int,
-    seed: int,
+    ranks_of: Callable[[int], np.ndarray],
     product: Product = torch_product,
 ) -> np.ndarray:
-    """Draw documents for the teacher by the ranking of these queries.
+    """Find the documents on some ranks of each query, for a teacher.
 
     Args:
         queries: float32 [Q, D].
         documents: float32 [N, D], of unit length.
         dataset: for the candidates.
-        total_scores: how many a query.
-        scores_from_top: how many of them are the first ranks; the others are drawn from the rest, for every query
-            afresh from the same seed.
-        seed: of the drawn ranks.
+        ranks_of: from a number of candidates to the ranks, such as :func:`sampled_ranks` gives them.
         product: as in :func:`score_blocks`.
 
     Returns:
-        int64 [Q, K], document indices, K at most ``total_scores``; -1 where a query has fewer candidates than K.
+        int64 [Q, K], document indices, K the most ranks that a query has; -1 where one has fewer.
     """
-    k = min(total_scores, int(dataset.candidate_counts().max()))
-    sampled = np.full((len(queries), k), -1, dtype=np.int64)
+    ranks = {int(n): ranks_of(int(n)) for n in np.unique(dataset.candidate_counts())}
+    sampled = np.full((len(queries), max(map(len, ranks.values()))), -1, dtype=np.int64)
     for rows, scores in score_blocks(queries, documents, dataset.repeats, product):
         for query, candidates, own_scores in candidate_scores(rows, scores, dataset):
-            ranks = sampled_ranks(len(own_scores), total_scores, scores_from_top, seed)
-            chosen = top_documents(own_scores, ranks)
+            chosen = top_documents(own_scores, ranks[len(own_scores)])
             sampled[query, : len(chosen)] = chosen if candidates is None else candidates[chosen]
     return sampled
 

@@ -28,7 +28,7 @@ def random_dataset(folder, n_documents=90, n_queries=11, with_candidates=False, 
 
 def whole_ranking(dataset, queries, documents, path):
     """Samples, metrics and raw scores, as a run makes them."""
-    sampled = sample_documents(queries, documents, dataset, 12, 5, 42)
+    sampled = sample_documents(queries, documents, dataset, lambda n: sampled_ranks(n, 12, 5, 42))
     teacher = np.where(sampled >= 0, sampled * 0.5, np.nan).astype(np.float32)
     blocks = []
     with RawScoresWriter(path, dataset) as raw:

@@ -515,16 +515,6 @@ def test_four_processes_fill_one_cache_at_once(long_folder, tiny_models, tmp_pat
 # --- The real model ---
 
 
-def test_the_demo_command_of_the_makefile(tmp_path, minilm_cache):
-    """What ``make demo`` runs; the README's table is what it prints."""
-    where = ["--cache_dir", minilm_cache, "--output_dir", tmp_path / "output", "--experiment_name", "demo"]
-    flags = ["--dataset", "Demo", "--embedding_model", MINILM, "--optimize_with_gold"]
-    assert " ".join(flags[:4]) in " ".join((ROOT / "Makefile").read_text().replace("\\\n", " ").split())
-    table = run_script(RUN, *flags, *where).stdout.split("\n\n")[1]
-    assert table.splitlines()[0].split() == ["metric", "original", "refined", "change"]
-    assert table in (ROOT / "README.md").read_text()
-
-
 def test_argkp21_agrees_with_the_reference_for_every_topic(shared_datasets, golden, tmp_path, minilm_cache):
     where = ["--cache_dir", minilm_cache, "--output_dir", tmp_path / "output", "--experiment_name", "argkp"]
     run_script(

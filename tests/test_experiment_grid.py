@@ -1,0 +1,311 @@
+"""From flags and grid files to runs: which there are, what they are called, which are done. Nothing is started here."""
+
+import dataclasses
+import json
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, run_script, write_folder_dataset
+
+from dataset_loaders import DATASETS, dataset_facts, load_dataset
+from errors import UserError
+from experiment_config import FOLDER_NAME, ExperimentConfig, fields, parse_arguments
+from experiment_grid import find_completed, is_completed, plan_grid
+from grid_file import Cells, read_grid_file
+from run_experiments import command_of, read_command
+
+GRID = "run_experiments.py"
+BASE = {"dataset": ["Demo"], "embedding_model": ["some/model"], "optimize_with_gold": ["True"]}
+
+
+def plan(prefix=None, **axes):
+    return plan_grid([Cells(BASE | axes)], prefix)
+
+
+def test_without_flags_the_thirty_runs_of_the_paper(tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    done = run_script(GRID, "--dry_run", cwd=tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    commands = [shlex.split(line) for line in done.stdout.splitlines() if "embedding_adaptation.py" in line]
+    assert len(commands) == 30
+    configs = [parse_arguments("", command[2:]) for command in commands]
+    assert len({(config.dataset, config.embedding_model) for config in configs}) == 30
+    assert {config.dataset for config in configs} == set(DATASETS) - {"Demo"}
+    assert len({config.experiment_name for config in configs}) == 30
+    assert "30 runs: 0 done, 30 to do with 5,255 queries" in done.stdout
+    assert "teacher scores: 105,100 at most" in done.stdout
+    assert "before these runs can start: --reranker_model: mistralai/" in done.stderr
+    assert "llama-embed-nemotron-8b needs Python code that comes with it" in done.stderr
+
+
+def test_every_flag_is_an_axis_and_the_product_is_run():
+    grid = plan(lr=["1e-4", "1e-3"], num_steps=["50", "100"], refit=["True", "False"])
+    assert len(grid.runs) == 8
+    assert {(r.config.lr, r.config.num_steps, r.config.refit) for r in grid.runs} == {
+        (lr, steps, refit) for lr in (1e-4, 1e-3) for steps in (50, 100) for refit in (True, False)
+    }
+    assert grid.varying == ["lr", "num_steps", "refit"]
+
+
+def test_names_say_what_varies_and_are_folder_names():
+    grid = plan("night", lr=["1e-4", "0.001"], embedding_model=["own/m-1", "own/m-2"])
+    names = [run.name for run in grid.runs]
+    assert re.fullmatch(r"night_Demo_m-1_lr=0\.0001_[0-9a-f]{8}", names[0])
+    assert len(set(names)) == 4
+    (only,) = plan().runs
+    assert re.fullmatch(r"Demo_model_[0-9a-f]{8}", only.name)
+    long = plan(reranker_model=["x" * 90 + "/a", "y" * 90 + "/b"], optimize_with_gold=["False"], hyde_model=["z" * 99, "w" * 99])
+    for run in [*grid.runs, *long.runs]:
+        assert FOLDER_NAME.accepts(run.name)
+        assert len(run.name.encode()) <= 250
+
+
+def test_values_cut_to_the_same_text_keep_names_of_their_own():
+    ends = "x" * 60
+    grid = plan(data_dir=[f"a/{ends}", f"b/{ends}"])
+    assert len({run.name for run in grid.runs}) == 2
+
+
+def test_the_hash_counts_what_changes_a_figure_and_nothing_else(tmp_path):
+    def digest(**axes):
+        (run,) = plan(**axes).runs
+        return run.digest
+
+    own = digest()
+    assert digest(lr=["1e-4"]) == digest(lr=["0.0001"]) == own
+    assert digest(llm_concurrency=["3"], output_dir=["elsewhere"], experiment_name=["x"]) == own
+    assert digest(reranker_model=["another/one"], llm_score_mode=["verbalized"]) == own  # gold is the teacher
+    templates = (ROOT / "instruction_templates.yaml").read_text()
+    (tmp_path / "copy.yaml").write_text(templates)
+    (tmp_path / "other.yaml").write_text(templates.replace('query: "{text}"', 'query: "q: {text}"', 1))
+    assert digest(instruction_templates=[str(tmp_path / "copy.yaml")]) == own
+    different = [
+        digest(lr=["1e-3"]),
+        digest(random_seed=["1"]),
+        digest(embedding_model=["some/other"]),
+        digest(embedding_model_revision=["v2"]),
+        digest(embedder_dtype=["bfloat16"]),
+        digest(optimize_with_gold=["False"]),
+        digest(optimize_with_gold=["False"], judge_max_characters=["10"]),
+        digest(hyde_model=["h"]),
+        digest(hyde_model=["h"], hyde_average_query=["True"]),
+        digest(instruction_templates=[str(tmp_path / "other.yaml")]),
+    ]
+    assert len({own, *different}) == 11
+
+
+def test_a_folders_content_is_part_of_the_hash(tmp_path):
+    def digest(name, text="one"):
+        folder = write_folder_dataset(tmp_path / name / "own", {"d1": text, "d2": "two"}, {"q1": "x"}, [("q1", "d1", 1)])
+        (run,) = plan(dataset=[str(folder)]).runs
+        return run.digest
+
+    assert digest("a") == digest("b")
+    assert digest("c", "changed") != digest("a")
+
+
+def test_runs_that_would_repeat_others_are_left_out_and_counted():
+    grid = plan(optimize_with_gold=["True", "False"], reranker_model=["a/x", "b/x"], lr=["1e-4", "0.0001"])
+    assert len(grid.runs) == 3
+    assert grid.notes == ["5 of 8 runs would repeat others and are left out: no figure would differ"]
+
+
+def test_flags_that_change_no_figure_are_axes_too():
+    grid = plan(embedder_batch_size=["1", "8"])
+    assert len(grid.runs) == 2 and len({run.digest for run in grid.runs}) == 1
+    assert len({run.name for run in grid.runs}) == 2
+
+
+def test_words_that_belong_together_have_commas_between_them():
+    _, (cells,) = read_command(["--computation_types", "optimized,hyde", "all", "--price_per_million", "0.1,2", "--refit"])
+    assert cells.axes == {
+        "computation_types": ["optimized,hyde", "all"],
+        "price_per_million": ["0.1,2"],
+        "refit": ["True"],
+    }
+    assert [run.config.computation_types for run in plan(**cells.axes, hyde_model=["h"]).runs] == ["optimized,hyde", "all"]
+    with pytest.raises(UserError, match=r"--price_per_million: got '0\.1', must be two numbers"):
+        plan(price_per_million=["0.1", "2"])
+
+
+def test_all_mistakes_of_all_runs_are_told_at_once():
+    with pytest.raises(UserError) as caught:
+        plan(
+            dataset=["Nowhere", "Demo", "Demi"],
+            lr=["0", "1e-3", "fast"],
+            total_scores=["5"],
+            scores_from_top=["3", "6"],
+            instruction_templates=["none.yaml"],
+        )
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        *("--lr", "--scores_from_top", "--lr"),
+        *("--dataset", "--instruction_templates", "--dataset"),
+    ]
+    with pytest.raises(UserError) as caught:
+        read_command(["--parallel", "0", "--retries", "-1", "--experiment_prefix", "a/b", "--gpus", ",", "--grid", "none.yaml"])
+    lines = [line.split(":")[0] for line in str(caught.value).splitlines()]
+    assert lines == ["--parallel", "--gpus", "--experiment_prefix", "--retries", "--grid"]
+
+
+def test_a_grid_by_mistake():
+    many = [str(number) for number in range(1, 400)]
+    with pytest.raises(UserError, match="159,201 runs are more than one grid may have"):
+        plan(num_steps=many, random_seed=many)
+    with pytest.raises(UserError, match="--experiment_name: x would be the folder of several runs"):
+        plan(experiment_name=["x"], lr=["1e-3", "1e-4"])
+
+
+def test_the_order_lets_runs_profit_from_each_others_caches():
+    runs = plan(
+        dataset=["Demo", "Clinc150"],
+        embedding_model=["m/1", "m/2"],
+        optimize_with_gold=["False"],
+        reranker_model=["a", "b"],
+        total_scores=["5", "20"],
+    ).runs
+    order = [(r.config.dataset, r.config.reranker_model, r.config.embedding_model, r.config.total_scores) for r in runs]
+    assert order == sorted(order, key=lambda o: (o[0] != "Demo", o[1], o[2], -o[3]))
+    assert runs[0].answers == runs[1].answers and runs[0].sample != runs[1].sample
+    assert len({run.answers for run in runs}) == 8
+    assert len({run.vectors for run in runs}) == 4
+
+
+def test_every_value_arrives_in_the_runs_command():
+    """The command of each run, read as the run reads it, gives the run's flags again."""
+    for grid in (
+        plan(lr=["1e-4", "0.5"], hyde_model=["h"], computation_types=["optimized,hyde"], price_per_million=["1,2"]),
+        plan(refit=["True", "False"], dataset=["Demo"], output_dir=["-odd"]),
+    ):
+        for run in grid.runs:
+            again = parse_arguments("", command_of(run)[2:])
+            assert again == dataclasses.replace(run.config, experiment_name=run.name)
+
+
+# --- Which runs are done ---
+
+
+def finish(run, name=None, **changes):
+    folder = run.folder.parent / (name or run.name)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"status": "completed", "hash": run.digest} | changes))
+    return folder
+
+
+def test_a_run_is_done_when_its_folder_says_so(tmp_path):
+    grid = plan(lr=["1e-4", "1e-3", "1e-2", "1"], output_dir=[str(tmp_path)])
+    done, failed, other, torn = grid.runs
+    folder = finish(done)
+    finish(failed, status="failed")
+    finish(other, hash="00000000")
+    (finish(torn) / "config.json").write_text('{"status": "comp')
+    assert find_completed(grid.runs) == {done.name: folder}
+    assert is_completed(folder, done.digest)
+
+
+def test_a_run_of_another_grid_counts_unless_its_name_matters(tmp_path):
+    (single,) = plan(output_dir=[str(tmp_path)]).runs
+    folder = finish(single)
+    wider = plan(lr=["1e-4", "1e-3"], output_dir=[str(tmp_path)])
+    assert find_completed(wider.runs) == {wider.runs[0].name: folder}
+    assert find_completed(plan("p", lr=["1e-4", "1e-3"], output_dir=[str(tmp_path)]).runs, "p") == {}
+    named = plan(experiment_name=["mine"], output_dir=[str(tmp_path)])
+    assert find_completed(named.runs) == {}
+    timed = plan(embedder_batch_size=["1", "10"], output_dir=[str(tmp_path)])
+    assert find_completed(timed.runs) == {}
+
+
+# --- Grid files ---
+
+
+def write(tmp_path, text):
+    (tmp_path / "grid.yaml").write_text(text)
+    return str(tmp_path / "grid.yaml")
+
+
+EXAMPLE = """
+shared: {optimize_with_gold: true, embedding_models: [some/model], datasets: Demo}
+grids:
+  rates:
+    lr: [1e-4, 1e-3, 0.01]
+    num_steps: [50, 100]
+    exclude: [{lr: 0.0001, num_steps: 50}]
+  preset:
+    refit: yes
+    hyde_model: [null, LiteLLM/h]
+    price_per_million: [[0.1, 2]]
+exclude:
+  - {lr: [1e-2], num_steps: 100}
+"""
+
+
+def test_a_grid_file_names_grids_and_what_to_leave_out(tmp_path):
+    path = write(tmp_path, EXAMPLE)
+    runs = plan_grid(read_grid_file(path, ["rates"])).runs
+    assert {(r.config.lr, r.config.num_steps) for r in runs} == {(1e-4, 100), (1e-3, 50), (1e-3, 100), (1e-2, 50)}
+    grid = plan_grid(read_grid_file(path, []))
+    assert len(grid.runs) == 6
+    assert {(r.config.hyde_model, r.config.lr, r.config.price_per_million) for r in grid.runs if r.config.refit} == {
+        (None, 0.005, "0.1,2"),
+        ("LiteLLM/h", 0.005, "0.1,2"),
+    }
+    assert grid.notes == ['grid preset: exclude {"lr": ["1e-2"], "num_steps": ["100"]} matches no run']
+
+
+def test_the_command_line_goes_before_the_file(tmp_path):
+    _, cells = read_command(["--grid", write(tmp_path, EXAMPLE), "rates", "--lr", "1e-3", "--data_dir", "d"])
+    assert {(r.config.lr, r.config.num_steps, r.config.data_dir) for r in plan_grid(cells).runs} == {(1e-3, 50, "d"), (1e-3, 100, "d")}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grids: [a", "is not YAML"),
+        ("- a", "must have a section 'grids'"),
+        ("grids: {}", "must have a section 'grids'"),
+        ("grids: {a: {lr: 1}}\nexcludes: []", "has an unknown section 'excludes'; there are grids, shared, exclude"),
+        ("grids: {a: {learning_rate: 1}}", "a: unknown flag 'learning_rate'"),
+        ("grids: {a: {num_step: 1}}", "a: unknown flag 'num_step'; did you mean num_steps?"),
+        ("grids: {a: {lr: {b: 1}}}", "a: lr must be a value or a list of values, found {'b': '1'}"),
+        ("grids: {a: {lr: []}}", "a: lr must be a value or a list of values, found []"),
+        ("grids: {a: 3}", "a: must hold flags with their values, found '3'"),
+        ("grids: {a: {lr: 1}}\nexclude: {lr: 1}", "exclude: must be a list"),
+        ("grids: {a: {lr: 1}}\nexclude: [{rate: 1}]", "exclude: unknown flag 'rate'"),
+        ("grids: {a: {dataset: Demo, lr: -1}}", "grid a: --lr: got '-1'"),
+        ("grids: {a: {dataset: Demo, lr: 1}}\nexclude: [{lr: 1}]", "--grid: the exclusions leave no run"),
+        ("grids: {a: {dataset: Demo, lr: 1}}\nexclude: [{lr: fast}]", "--lr: got 'fast'"),
+    ],
+)
+def test_a_mistake_in_a_grid_file_is_told_with_its_place(tmp_path, text, message):
+    with pytest.raises(UserError) as caught:
+        plan_grid(read_grid_file(write(tmp_path, text), []))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_grid_file_that_is_not_there_and_a_grid_that_is_not_in_it(tmp_path):
+    with pytest.raises(UserError, match=r"--grid: nowhere.yaml cannot be read \(No such file"):
+        read_grid_file("nowhere.yaml", [])
+    with pytest.raises(UserError, match="has no grid 'c'; there are a, b"):
+        read_grid_file(write(tmp_path, "grids: {a: {lr: 1}, b: {lr: 1}}"), ["c"])
+
+
+# --- What is known of datasets ahead ---
+
+
+def test_what_is_known_ahead_is_what_loading_finds(shared_datasets, small_folder):
+    for name in ("Demo", "Clinc150", "Banking77", "ArgKP21", str(small_folder)):
+        facts, loaded = dataset_facts(name), load_dataset(name, shared_datasets)
+        assert (facts.name, facts.task_type, facts.instruction) == (loaded.name, loaded.task_type, loaded.instruction)
+        assert (facts.queries, facts.documents) == (len(loaded.queries), len(loaded.documents))
+
+
+def test_every_flag_is_declared_once():
+    """The grid's own flags and the experiment's have no name in common, and the script names no experiment flag."""
+    from run_experiments import GridFlags
+
+    assert not {f.name for f in fields(GridFlags)} & {f.name for f in fields(ExperimentConfig)}
+    options = run_script(GRID, "--help").stdout
+    for field in [*fields(GridFlags), *fields()]:
+        assert f"--{field.name} " in options
