@@ -47,6 +47,7 @@ benchmark: .venv/.dev  ## the numbers of the README; DATA_DIR=folder where the d
 		$(BIN)/python benchmarks/second_run.py --data_dir $(DATA_DIR) --dataset $$dataset || exit 1; done
 	$(BIN)/python benchmarks/large_corpus.py
 	$(BIN)/python benchmarks/teacher_calls.py --data_dir $(DATA_DIR)
+	$(BIN)/python benchmarks/grid_runs.py
 
 clean:  ## remove the virtual environments; vectors, scores and passages in cache/ and results in output/ stay
 	rm -rf .venv .venv-gateway

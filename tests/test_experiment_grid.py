@@ -253,6 +253,17 @@ def test_a_grid_file_names_grids_and_what_to_leave_out(tmp_path):
     assert grid.notes == ['grid preset: exclude {"lr": ["1e-2"], "num_steps": ["100"]} matches no run']
 
 
+def test_the_grid_file_of_the_readme(tmp_path):
+    (text,) = re.findall(r"```yaml\n(# my_grid.yaml.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    runs = plan_grid(read_grid_file(write(tmp_path, text), [])).runs
+    found = {(r.config.dataset, r.config.lr, r.config.hyde_model) for r in runs}
+    assert found == {
+        *(("Demo", lr, None) for lr in (1e-4, 1e-3, 1e-2)),
+        *(("Clinc150", lr, None) for lr in (1e-4, 1e-3)),
+        ("Demo", 1e-4, "LiteLLM/your-model"),
+    }
+
+
 def test_the_command_line_goes_before_the_file(tmp_path):
     _, cells = read_command(["--grid", write(tmp_path, EXAMPLE), "rates", "--lr", "1e-3", "--data_dir", "d"])
     assert {(r.config.lr, r.config.num_steps, r.config.data_dir) for r in plan_grid(cells).runs} == {(1e-3, 50, "d"), (1e-3, 100, "d")}

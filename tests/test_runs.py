@@ -546,6 +546,7 @@ def test_the_readmes_library_example_runs():
         ["second_run.py", "--dataset", "Demo", "--repeats", "1", "--cache_dir", "{cache}"],
         ["embedding_speed.py", "--dataset", "Demo", "--texts", "40", "--batch_sizes", "8"],
         ["teacher_calls.py", "--dataset", "Demo", "--latency", "0.001"],
+        ["grid_runs.py", "--runs", "2", "--planned", "20", "--cache_dir", "{cache}"],
     ],
 )
 def test_benchmarks_run(arguments, minilm_cache):
