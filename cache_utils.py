@@ -56,8 +56,18 @@ def text_keys(texts: Iterable[str], role: str) -> np.ndarray:
 
 
 def slug(text: str, length: int = 40) -> str:
-    """A readable file-name part: the end of ``text`` with everything but letters, digits, dot and dash replaced."""
-    return re.sub(r"[^\w.-]+", "-", text.rstrip("/"))[-length:].strip("-.") or "x"
+    """A readable file-name part of at most ``length`` bytes: the end of ``text``, odd characters replaced by a dash."""
+    replaced = re.sub(r"[^\w.-]+", "-", text.rstrip("/"))
+    return replaced.encode("utf-8", "replace")[-length:].decode(errors="ignore").strip("-.") or "x"
+
+
+def files_identity(folder: Path) -> str:
+    """Hash over the files of a folder: names, sizes and times of change, so that one with other files is another."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        stat = path.stat()
+        digest.update(f"{path.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return f"folder {digest.hexdigest()}"
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -8,6 +8,7 @@ a function ``(data_dir) -> RetrievalDataset`` and enter it in ``DATASETS``.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import logging
 import random
@@ -19,6 +20,7 @@ from typing import Any
 
 from scipy.sparse import csr_array
 
+from cache_utils import files_identity
 from downloads import fetch, hub_endpoint, hub_is_reachable, open_zip, read_member
 from errors import UserError, is_folder
 from folder_dataset import folder_facts, load_folder
@@ -179,6 +181,7 @@ HUB_REVISIONS = {
     "mteb/News21InstructionRetrieval": "c6fffeb9cdd95c1ffa81c62c687b48b56352872b",
     "mteb/Robust04InstructionRetrieval": "0495a5cb69aa8fa5bca81bd56ac248911c19eeb6",
 }
+FOLLOWIR_REPOSITORIES = tuple(name for name in HUB_REVISIONS if name.endswith("InstructionRetrieval"))
 
 
 def hub_folder(data_dir: Path, repository: str) -> Path | None:
@@ -243,8 +246,8 @@ def load_followir(data_dir: Path) -> RetrievalDataset:
     documents: dict[str, str] = {}
     queries: dict[str, str] = {}
     qrels: list[tuple[str, str, float]] = []
-    for collection in ("Core17", "News21", "Robust04"):
-        repository = f"mteb/{collection}InstructionRetrieval"
+    for repository in FOLLOWIR_REPOSITORIES:
+        collection = repository.removeprefix("mteb/").removesuffix("InstructionRetrieval")
         corpus = hub_table(data_dir, repository, "corpus", "corpus")
         for i, title, text in zip(_id_column(corpus), corpus["title"], corpus["text"], strict=True):
             documents[f"{collection}/{i}"] = join_title(title, text, "\n")
@@ -386,6 +389,7 @@ class KnownDataset:
         task_type: as in :class:`RetrievalDataset`.
         queries, documents: how many, for previews that load nothing.
         files: where under ``data_dir`` its files of ``GITHUB_FILES`` lie; None where it comes from elsewhere.
+        repositories: on the hub.
     """
 
     load: Callable[[Path], RetrievalDataset]
@@ -393,20 +397,23 @@ class KnownDataset:
     queries: int
     documents: int
     files: str | None = None
+    repositories: tuple[str, ...] = ()
 
 
 DATASETS = {
     "Clinc150": KnownDataset(load_clinc150, "classification", 150, 15_000, "clinc150/"),
-    "Banking77": KnownDataset(load_banking77, "classification", 77, 13_083, "banking77/"),
+    "Banking77": KnownDataset(load_banking77, "classification", 77, 13_083, "banking77/", ("mteb/banking77",)),
     "ArgKP21": KnownDataset(load_argkp21, "classification", 243, 6_515, "argkp21/"),
-    "NFCorpus": KnownDataset(load_nfcorpus, "search", 323, 3_633),
-    "FollowIR": KnownDataset(load_followir, "search", 208, 98_312),
-    "RealScholarQuery": KnownDataset(load_real_scholar_query, "search", 50, 25_000),
+    "NFCorpus": KnownDataset(load_nfcorpus, "search", 323, 3_633, repositories=("mteb/nfcorpus",)),
+    "FollowIR": KnownDataset(load_followir, "search", 208, 98_312, repositories=FOLLOWIR_REPOSITORIES),
+    "RealScholarQuery": KnownDataset(
+        load_real_scholar_query, "search", 50, 25_000, repositories=("CarlanLark/pasa-dataset",)
+    ),
     "Demo": KnownDataset(load_demo, "search", 26, 338),
 }
 
 
-def dataset_facts(dataset: str) -> DatasetFacts:
+def dataset_facts(dataset: str, data_dir: Path | str) -> DatasetFacts:
     """What is known of a dataset without loading or fetching anything.
 
     Raises:
@@ -415,9 +422,20 @@ def dataset_facts(dataset: str) -> DatasetFacts:
     check_dataset_name(dataset)
     if dataset == "Demo":
         return folder_facts(DEMO_FOLDER, "Demo")
-    if known := DATASETS.get(dataset):
-        return DatasetFacts(dataset, known.task_type, None, known.queries, known.documents, dataset)
-    return folder_facts(Path(dataset))
+    if dataset not in DATASETS:
+        return folder_facts(Path(dataset))
+    known = DATASETS[dataset]
+    identity = " ".join([dataset, *_own_files(known, Path(data_dir))])
+    return DatasetFacts(dataset, known.task_type, None, known.queries, known.documents, identity)
+
+
+def _own_files(known: KnownDataset, data_dir: Path) -> list[str]:
+    """What stands for files under ``data_dir`` that are not the ones a download would give."""
+    files = {name: digest for name, (_, digest) in GITHUB_FILES.items() if known.files and name.startswith(known.files)}
+    if there := {name: digest for name, digest in files.items() if (data_dir / name).is_file()}:
+        found = {name: hashlib.sha256((data_dir / name).read_bytes()).hexdigest() for name in there}
+        return [found[name] for name, digest in there.items() if found[name] != digest]
+    return [files_identity(folder) for name in known.repositories if (folder := hub_folder(data_dir, name))]
 
 
 def is_at_hand(dataset: str, data_dir: Path | str) -> bool:

@@ -1,4 +1,4 @@
-"""Where models run: choosing a device, and telling when its memory runs out. Knows no model."""
+"""Where models run: choosing a device, and giving its memory back. Knows no model."""
 
 from __future__ import annotations
 
@@ -23,16 +23,6 @@ def choose_device(device: str) -> str:
     if device in there:
         return device
     raise UserError(f"--device: got {device!r}, must be auto or one of {', '.join(there)}")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell an allocation failure, on any device, from other errors."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    message = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
 
 
 def free_device_memory() -> None:

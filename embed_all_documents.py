@@ -13,10 +13,11 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from cache_utils import slug
-from dataset_loaders import load_dataset
+from dataset_loaders import check_dataset_name, load_dataset
 from devices import choose_device
 from errors import RunError, UserError, run_command
 from experiment_config import (
@@ -24,15 +25,16 @@ from experiment_config import (
     OneLineParser,
     add_flags,
     build_config,
+    command_words,
     fields,
     parse_values,
     parse_words,
 )
 from grid_file import PLURALS
 from instruction_templates import fill_templates, read_templates, templates_for
-from job_runner import Job, JobRunner, Outcome, SlotFlags, Slots, find_slots, last_line
+from job_runner import Beginning, Job, JobRunner, Outcome, SlotFlags, Slots, find_slots, last_line
 from run_log import start_logging
-from run_setup import check_inputs, make_embedder
+from run_setup import check_cache, check_embedder, make_embedder
 
 AXES = ("dataset", "embedding_model")
 FLAGS = (
@@ -77,14 +79,11 @@ def read_command(argv: Sequence[str]) -> tuple[SlotFlags, list[dict[str, str]]]:
     add_flags(parser, FLAGS, aliases={"embedder_batch_size": "--batch_size"})
     add_flags(parser, of=SlotFlags)
     words = parse_words(parser, argv)
+    names = [field.name for field in fields() if field.name in AXES]
     axes = [words.pop(field.name, [field.default]) for field in fields() if field.name in AXES]
-    texts = {name: " ".join([text] if isinstance(text, str) else text) for name, text in words.items()}
-    slot_values, problems = parse_values(texts, SlotFlags)
-    names = [f.name for f in fields() if f.name in AXES]
-    given = [
-        {**dict(zip(names, values, strict=True)), **{name: texts[name] for name in FLAGS if name in texts}}
-        for values in dict.fromkeys(itertools.product(*axes))
-    ]
+    slot_values, problems = parse_values(words, SlotFlags)
+    shared = {name: words[name] for name in FLAGS if name in words}
+    given = [dict(zip(names, values, strict=True)) | shared for values in dict.fromkeys(itertools.product(*axes))]
     for own in given:
         problems += [problem for problem in parse_values(own)[1] if problem not in problems]
     if problems:
@@ -99,10 +98,12 @@ def check_all(configs: Sequence[ExperimentConfig]) -> None:
         UserError: a line each.
     """
     problems: dict[str, None] = {}
-    for config in configs:
+    checks = [partial(check, config) for config in configs for check in (check_embedder, check_cache)]
+    checks += [partial(check_dataset_name, dataset) for dataset in {config.dataset for config in configs}]
+    checks += [partial(read_templates, path) for path in {config.instruction_templates for config in configs}]
+    for check in checks:
         try:
-            check_inputs(config)
-            read_templates(config.instruction_templates)
+            check()
         except UserError as error:
             problems |= dict.fromkeys(str(error).splitlines())
     if problems:
@@ -138,23 +139,23 @@ def embed_in_slots(given: Sequence[Mapping[str, str]], cache_dir: str, slots: Sl
         KeyboardInterrupt: the user stopped the work.
     """
     places = min(slots.parallel, len(slots.gpus))  # without a GPU one process takes all cores
-    jobs = []
+    jobs = {}
     for i in range(max(places, len(given))):
         own = given[i % len(given)]
         copy = f" ({i // len(given) + 1})" if places > len(given) else ""
-        words = [word for name, text in own.items() for word in (f"--{name}", text)]
-        name = f"{own['dataset']}, {own['embedding_model']}{copy}"
-        jobs.append(Job(name, (sys.executable, str(Path(__file__).resolve()), *words)))
+        command = (sys.executable, str(Path(__file__).resolve()), *command_words(own))
+        job = Job(f"{own['dataset']}, {own['embedding_model']}{copy}", command)
+        jobs[job] = f"embed-{slug(own['dataset'])}-{slug(own['embedding_model'])}-{i + 1}.log"
     logs = Path(cache_dir) / "logs"
 
-    def begin(job: Job) -> Path:
+    def begin(job: Job) -> Beginning:
         logs.mkdir(parents=True, exist_ok=True)
-        return logs / f"embed-{slug(job.name, 100)}.log"
+        return Beginning((logs / jobs[job],))
 
     def describe(job: Job, outcome: Outcome) -> str:
-        return last_line(outcome.log) if outcome.state == "completed" else f"{job.name}  {outcome.reason}"
+        return f"{job.name}  {outcome.reason or f'{outcome.seconds:.1f} s'}"
 
-    runner = JobRunner(jobs, slots, begin, describe, unit="job")
+    runner = JobRunner(list(jobs), slots, begin, describe, unit="job")
     outcomes = runner.run()
     for outcome in outcomes.values():
         if outcome.state == "completed":

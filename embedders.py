@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from cache_utils import SHARD_BYTES, VectorCache, text_keys
-from devices import free_device_memory, is_out_of_memory
-from errors import OutOfMemory, RunError, UserError, check_writable
+from devices import free_device_memory
+from errors import OutOfMemory, RunError, UserError, check_writable, is_out_of_memory
 from instruction_templates import FilledTexts, known_name
 from model_loading import ModelSource, load_model, remote_code_message
 from run_log import Progress

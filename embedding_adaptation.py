@@ -31,7 +31,7 @@ from experiment_config import ExperimentConfig, parse_arguments
 from instruction_templates import fill_templates, read_templates, templates_for
 from metrics import METRICS, mean_metrics
 from ranking import measure, sample_documents, sampled_ranks, score_blocks, unit_length
-from results import RunFolder, comparison_table, package_versions, write_json
+from results import TABLE_METRICS, RunFolder, comparison_table, package_versions, write_json
 from retrieval_dataset import RetrievalDataset
 from run_log import log_to_file, start_logging
 from run_setup import Run, check_run, load_models, prepare, run_hash, run_name, run_sources
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from query_refinement import Refinement
 
 logger = logging.getLogger(__name__)
-TABLE_METRICS = ("map", "roc_auc", "ndcg_at_10", "mrr", "precision_at_10", "recall_at_50")
 GATHER_BYTES = 1 << 29  # scored documents' vectors held at once
 TRAJECTORY_EVERY = 10
 # The refined variants, and the query each starts from.
@@ -77,7 +76,7 @@ def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
     seconds: dict[str, float] = {}
     check_run(config)
     prompts = read_templates(config.instruction_templates)
-    facts = dataset_facts(config.dataset)
+    facts = dataset_facts(config.dataset, config.data_dir)
     digest = run_hash(config, run_sources(config, prompts, facts))
     name = config.experiment_name or run_name(config, facts, digest)
     with stage("import", seconds):

@@ -6,6 +6,7 @@ Knows nothing of experiments: every other room raises these, the commands turn t
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-LIFELINE = "END_WITH_PARENT_FD"  # environment variable: a pipe that closes when the process that started this one ends
+LIFELINE = "END_WITH_PARENT_FILE"  # environment variable: a pipe that closes when the parent ends
 SECONDS_TO_END = 15.0  # after the parent has gone; calls in flight take up to 10
 INTERRUPTED_STATUS = 130
 
@@ -53,6 +54,9 @@ def run_command(main: Callable[[], None]) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _end_with_parent()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")  # file names may hold any byte
     try:
         main()
     except UserError as error:
@@ -66,12 +70,12 @@ def run_command(main: Callable[[], None]) -> None:
         reason = error.strerror or (str(error).splitlines() or [type(error).__name__])[0]
         kept = "what was finished is kept, the same command goes on"
         print(f"error: {error.filename or 'system'}: {reason}; {kept}", file=sys.stderr)
-        sys.exit(RunError.exit_status)
+        sys.exit(OutOfMemory.exit_status if is_out_of_memory(error) else RunError.exit_status)
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
         sys.exit(INTERRUPTED_STATUS)
     except Exception as error:
-        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":  # the latter is torch's
+        if not is_out_of_memory(error):
             raise
         print("error: memory ran out; what was finished is kept, the same command goes on", file=sys.stderr)
         sys.exit(OutOfMemory.exit_status)
@@ -86,11 +90,27 @@ def _end_with_parent() -> None:
     def wait() -> None:
         with contextlib.suppress(OSError):
             os.read(int(lifeline), 1)  # nobody writes: it returns when the pipe is closed
-        os.kill(os.getpid(), signal.SIGTERM)
+        end(signal.SIGTERM)
         time.sleep(SECONDS_TO_END)
-        os.kill(os.getpid(), signal.SIGKILL)
+        end(signal.SIGKILL)
+
+    def end(how: signal.Signals) -> None:
+        if os.getpgrp() == os.getpid():  # with what it has started
+            os.killpg(0, how)
+        else:
+            os.kill(os.getpid(), how)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell an allocation failure, on any device, from other errors."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True  # the latter is torch's, which need not be imported here
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    message = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in message or "can't allocate memory" in message)
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:

@@ -53,10 +53,19 @@ NOT_NEGATIVE = Rule(lambda value: value >= 0, "a whole number, 0 or more")
 NOT_EMPTY = Rule(lambda value: bool(value and value.strip()), "a name, not an empty text")
 NOT_EMPTY_IF_SET = Rule(lambda value: value is None or bool(value.strip()), "a name, not an empty text")
 SHARE = Rule(lambda value: 0 <= value <= 1, "a share from 0 to 1, such as 0.05")
-FOLDER_NAME = Rule(
-    lambda value: value is None or (bool(re.fullmatch(r"[\w.+=,@-]+", value)) and value not in (".", "..")),
-    "the name of one folder (letters, digits and . _ - + = , @)",
-)
+LONGEST_NAME = 240  # bytes; a file name may have 255
+
+
+def folder_name(longest: int = LONGEST_NAME) -> Rule:
+    """A rule for the name of one folder, or the beginning of one."""
+    return Rule(
+        lambda value: bool(re.fullmatch(r"[\w.+=,@-]+", value))
+        and value not in (".", "..")
+        and len(value.encode()) <= longest,
+        f"the name of one folder (letters, digits and . _ - + = , @; at most {longest} bytes)",
+    )
+
+
 
 
 DEVICE = Rule(
@@ -209,7 +218,7 @@ class ExperimentConfig:
         str(HERE / "instruction_templates.yaml"), "YAML with query and document templates and instructions", NOT_EMPTY
     )
     experiment_name: str | None = flag(
-        None, "folder of the results in --output_dir; made from dataset, model and a hash when left out", FOLDER_NAME,
+        None, "folder of the results in --output_dir; made from dataset, model and a hash when left out", folder_name(),
         changes_results=False,
     )
     output_dir: str = flag("output", "where results go", NOT_EMPTY, changes_results=False)
@@ -284,6 +293,8 @@ def parse_value(field: dataclasses.Field, text: str, of: type = ExperimentConfig
         UserError: one line naming the flag, what was given and what is allowed.
     """
     kind, rule = _value_types(of)[field.name], field.metadata["rule"]
+    if "\0" in text:
+        raise UserError(f"--{field.name}: got {text!r}, must not contain a NUL character")
     if kind is bool:
         if text.lower() not in TRUE_WORDS + FALSE_WORDS:
             raise UserError(f"--{field.name}: got {text!r}, must be True or False")
@@ -375,7 +386,7 @@ def add_flags(
         default = (defaults or {}).get(field.name) or shown_default(field)
         how = {"nargs": "?", "const": "True"} if kind is bool else {}
         if axes:
-            how = {"nargs": "*" if kind is bool else "+", "action": "extend"}
+            how = {"nargs": "*" if kind is bool else "+", "action": "append"}
         elif rule and rule.several:
             how = {"nargs": "+"}
         parser.add_argument(
@@ -389,7 +400,7 @@ def add_flags(
 
 
 def parse_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, str | list[str]]:
-    """Parse ``argv`` strictly and return what was set: a text, or texts where the flag takes several words.
+    """Parse ``argv`` strictly and return what was set: a text, or a list of texts where the flag is an axis.
 
     Raises:
         UserError: naming the unknown flag and the nearest known one.
@@ -408,23 +419,35 @@ def parse_words(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[st
             hint = f"did you mean {' or '.join(near)}?" if near else "--help lists the flags"
             lines.append(f"unknown {'flag' if word.startswith('-') else 'argument'} {word!r}; {hint}")
         raise UserError("\n".join(lines))
-    return vars(namespace)
+    return {name: _values(given) for name, given in vars(namespace).items()}
 
 
-def parse_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, str]:
-    """Like :func:`parse_words`, for flags with one value each: several words become one text."""
-    words = parse_words(parser, argv)
-    return {name: " ".join(value) if isinstance(value, list) else value for name, value in words.items()}
+def _values(given: Any) -> str | list[str]:
+    """The value of a flag, or those of an axis, which may be given several times (a switch without a word, too)."""
+    if not isinstance(given, list):
+        return given
+    if any(isinstance(words, list) for words in given):
+        return [word for words in given for word in words or ["True"]]
+    return " ".join(given)
+
+
+def command_words(given: Mapping[str, str]) -> list[str]:
+    """Flags that were set, as the words of a command line that :func:`parse_words` reads back."""
+    words = []
+    for name in (field.name for field in fields() if field.name in given):
+        value = given[name]
+        words += [f"--{name}={value}"] if value.startswith("-") or not value else [f"--{name}", value]
+    return words
 
 
 def parse_arguments(description: str, argv: Sequence[str] | None = None) -> ExperimentConfig:
     """Read the command line of a script that takes every experiment flag."""
     parser = OneLineParser(description=description, usage="%(prog)s [--flag VALUE ...]", allow_abbrev=False)
     add_flags(parser)
-    return build_config(parse_flags(parser, sys.argv[1:] if argv is None else argv))
+    return build_config(parse_words(parser, sys.argv[1:] if argv is None else argv))
 
 
 def short_hash(value: Any) -> str:
-    """Eight hexadecimal digits over a JSON-able value; the same on every machine and in every process."""
+    """Twelve hexadecimal digits over a JSON-able value; the same on every machine and in every process."""
     text = json.dumps(value, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()

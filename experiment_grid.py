@@ -1,7 +1,7 @@
 """From values of flags to runs: their product, what is left out, their names, and which are done. Starts nothing.
 
 A run's name is ``[prefix_]dataset_model_<what varies>_<hash>``. The hash is over all that changes a figure; so a run
-that is done is known by it, in whichever grid it was.
+that is done is known by it, in whichever grid with the same prefix it was.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,12 @@ from typing import Any
 from cache_utils import slug
 from dataset_loaders import DATASETS, dataset_facts
 from errors import UserError
-from experiment_config import ExperimentConfig, build_config, fields, parse_value
+from experiment_config import LONGEST_NAME, ExperimentConfig, build_config, fields, parse_value
 from grid_file import Axes, Cells
 from instruction_templates import read_templates
 from rerankers import GoldReranker
-from results import read_json
 from retrieval_dataset import DatasetFacts
-from run_setup import run_hash, run_name, run_sources
+from run_setup import CHECKED_FLAGS, check_run, is_done, run_hash, run_name, run_sources
 
 DEFAULT_MODELS = (
     "Qwen/Qwen3-Embedding-0.6B",
@@ -39,7 +37,6 @@ DEFAULT_MODELS = (
 DEFAULT_AXES = {"dataset": [name for name in DATASETS if name != "Demo"], "embedding_model": list(DEFAULT_MODELS)}
 NAMED_APART = ("dataset", "embedding_model", "experiment_name", "output_dir")  # not part of what varies
 MOST_RUNS = 100_000
-LONGEST_VALUE, LONGEST_NAME = 40, 240  # a file name may have 255 bytes
 FIELDS = {field.name: field for field in fields()}
 
 
@@ -70,7 +67,7 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
-        """Where its results go."""
+        """Where its results go; no two runs have the same."""
         return Path(self.config.output_dir) / self.name
 
     @property
@@ -84,21 +81,40 @@ class PlannedRun:
         return self.asks_teacher or self.sources["hyde"] is not None
 
     @property
-    def vectors(self) -> str:
-        """Runs of the same texts and embedder have this in common."""
-        return json.dumps([self.sources[name] for name in ("dataset", "embedder", "templates")], sort_keys=True)
-
-    @property
-    def answers(self) -> str | None:
-        """Runs that also ask the same models have this in common: what the teacher sees differs by the sample alone."""
-        return json.dumps(self.sources, sort_keys=True) if self.asks else None
-
-    @property
     def sample(self) -> tuple[int, int, int | None]:
         """Which ranks the teacher sees: how many, how many from the top, and the seed where any are drawn."""
         config = self.config
         drawn = config.total_scores > config.scores_from_top
         return config.total_scores, config.scores_from_top, config.random_seed if drawn else None
+
+    @property
+    def ranking(self) -> str:
+        """Runs that rank the same documents by the same vectors, and ask the same models, have this in common."""
+        return as_key(self.config.cache_dir, self.sources)
+
+    @property
+    def caches(self) -> dict[str, tuple[str, str]]:
+        """What it takes from caches and puts there: kind to the cache, and the part of it."""
+        sources, config = self.sources, self.config
+        texts = as_key(sources["dataset"], sources["templates"])
+        found = {"vectors": (as_key(config.cache_dir, sources["embedder"]), texts)}
+        if sources["hyde"]:
+            writer = {name: value for name, value in sources["hyde"][0].items() if name != "samples"}
+            found["passages"] = (as_key(config.cache_dir, sources["dataset"], writer), str(config.hyde_samples))
+        if self.asks_teacher:
+            part = as_key(sources["embedder"], texts, sources["hyde"], self.sample, config.variants)
+            found["scores"] = (as_key(config.cache_dir, sources["dataset"], sources["teacher"]), part)
+        return found
+
+    def shown(self, flag: str) -> str:
+        """The value of a flag, for tables."""
+        value = getattr(self.config, flag)
+        return "-" if value is None else str(value)
+
+
+def as_key(*parts: Any) -> str:
+    """One text for JSON-able values; equal for equal ones."""
+    return json.dumps(parts, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,7 @@ class Grid:
     """What is to be run.
 
     Attributes:
-        runs: in the order in which they profit from each other's caches.
+        runs: datasets outside, then models, then the other flags, as they were given.
         varying: the flags that tell them apart, beside dataset and model.
         notes: what else the user should know, a line each.
     """
@@ -126,17 +142,11 @@ def plan_grid(cells: Sequence[Cells], prefix: str | None = None) -> Grid:
     Raises:
         UserError: a line for each thing that is wrong in any of the runs.
     """
-    notes: list[str] = []
     reader = _Reader()
-    built = [
-        (given, config)
-        for grid in cells
-        for given in _product(grid, reader, notes)
-        if (config := reader.config(given, grid.where))
-    ]
+    built, notes = _build(cells, reader)
     sources = [reader.sources(config) for _, config in built]
     if reader.problems:
-        raise UserError("\n".join(reader.problems))
+        raise UserError("\n".join(dict.fromkeys([*reader.problems, *check_configs(config for _, config in built)])))
     neutral = [
         name
         for name, field in FIELDS.items()
@@ -150,14 +160,29 @@ def plan_grid(cells: Sequence[Cells], prefix: str | None = None) -> Grid:
         raise UserError("--grid: the exclusions leave no run")
     if repeated := len(built) - len(different):
         notes.append(f"{repeated} of {len(built)} runs would repeat others and are left out: no figure would differ")
+    same = [name for name in neutral if name not in NAMED_APART]
+    if same and len({digest for digest, *_ in different}) < len(different):
+        notes.append(f"{', '.join(same)}: runs that differ in nothing else give the same figures")
     varying = _varying([given for given, *_ in different.values()], reader)
     runs = []
     for given, config, source, digest in different.values():
-        facts = reader.facts(config.dataset)
+        facts = reader.facts(config)
         varies = {name: str(reader.value(name, given[name])) for name in varying if name in given}
         name = config.experiment_name or _name(config, facts, varies, digest, prefix)
         runs.append(PlannedRun(name, config, given, varies, digest, facts, source))
-    return Grid(_in_order(_with_names_of_their_own(runs)), varying, notes)
+    return Grid(_with_names_of_their_own(runs), varying, notes)
+
+
+def check_configs(configs: Iterable[ExperimentConfig]) -> list[str]:
+    """What would keep runs from starting, a line each; looks at files and the environment, loads and asks nothing."""
+    different = {tuple(getattr(config, name) for name in CHECKED_FLAGS): config for config in configs}
+    problems: dict[str, None] = {}
+    for config in different.values():
+        try:
+            check_run(config)
+        except UserError as error:
+            problems |= dict.fromkeys(str(error).splitlines())
+    return list(problems)
 
 
 class _Reader:
@@ -166,7 +191,7 @@ class _Reader:
     def __init__(self) -> None:
         self.problems: dict[str, None] = {}  # in order, each once
         self._values: dict[tuple[str, str], Any] = {}
-        self._facts: dict[str, DatasetFacts] = {}
+        self._facts: dict[tuple[str, str], DatasetFacts] = {}
         self._prompts: dict[str, dict[str, Any]] = {}
 
     def _try(self, do: Callable[[], Any], where: str = "") -> Any:
@@ -186,48 +211,65 @@ class _Reader:
         """The flags of a run, or None where something is wrong with them."""
         return self._try(lambda: build_config(given), where)
 
-    def facts(self, dataset: str) -> DatasetFacts | None:
-        """What is known of a dataset."""
-        if dataset not in self._facts:
-            self._facts[dataset] = self._try(lambda: dataset_facts(dataset))
-        return self._facts[dataset]
+    def facts(self, config: ExperimentConfig) -> DatasetFacts | None:
+        """What is known of a run's dataset."""
+        key = config.dataset, config.data_dir
+        if key not in self._facts:
+            self._facts[key] = self._try(lambda: dataset_facts(*key))
+        return self._facts[key]
 
     def sources(self, config: ExperimentConfig) -> dict[str, Any] | None:
         """What a run's figures come from, or None where something is wrong with it."""
-        facts, path = self.facts(config.dataset), config.instruction_templates
+        facts, path = self.facts(config), config.instruction_templates
         if path not in self._prompts:
             self._prompts[path] = self._try(lambda: read_templates(path))
         prompts = self._prompts[path]
         return run_sources(config, prompts, facts) if facts and prompts else None
 
 
-def _product(grid: Cells, reader: _Reader, notes: list[str]) -> Iterator[dict[str, str]]:
-    """The flags of each cell, less those that are excluded; datasets outside, then models, then the others."""
-    axes = DEFAULT_AXES | grid.axes
+def _build(
+    cells: Sequence[Cells], reader: _Reader
+) -> tuple[list[tuple[dict[str, str], ExperimentConfig]], list[str]]:
+    """The flags of each run, as given and as checked, less those that are excluded; and notes on exclusions."""
+    axes = [DEFAULT_AXES | grid.axes for grid in cells]
+    if (count := sum(math.prod(map(len, own.values())) for own in axes)) > MOST_RUNS:
+        raise UserError(f"{count:,} runs are more than one grid may have ({MOST_RUNS:,})")
+    built, excluded = [], 0
+    used = {as_key(condition): False for grid in cells for condition in grid.exclusions}
+    for grid, own_axes in zip(cells, axes, strict=True):
+        for given in _product(own_axes):
+            # By what was given first: a combination that is not allowed may be among those left out.
+            hits = [condition for condition in grid.exclusions if _matches(given, None, condition, reader)]
+            config = None if hits else reader.config(given, grid.where)
+            if config:
+                hits = [condition for condition in grid.exclusions if _matches(given, config, condition, reader)]
+            used |= dict.fromkeys(map(as_key, hits), True)
+            excluded += bool(hits)
+            if config and not hits:
+                built.append((given, config))
+    notes = [f"exclude {key[1:-1]} matches no run" for key, hit in used.items() if not hit]
+    return built, notes + ([f"{excluded} runs are excluded"] if excluded else [])
+
+
+def _product(axes: Axes) -> Iterator[dict[str, str]]:
+    """The flags of each cell; datasets outside, then models, then the others."""
     names = [*DEFAULT_AXES, *(name for name in FIELDS if name in axes and name not in DEFAULT_AXES)]
-    if (count := math.prod(len(axes[name]) for name in names)) > MOST_RUNS:
-        raise UserError(f"{grid.where}{count:,} runs are more than one grid may have ({MOST_RUNS:,})")
-    used = [0] * len(grid.exclusions)
     for values in itertools.product(*(axes[name] for name in names)):
-        given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
-        excluded = [_matches(given, condition, reader) for condition in grid.exclusions]
-        used = [count + hit for count, hit in zip(used, excluded, strict=True)]
-        if not any(excluded):
-            yield given
-    for condition, count in zip(grid.exclusions, used, strict=True):
-        if not count:
-            notes.append(f"{grid.where}exclude {json.dumps(condition)} matches no run")
+        yield {name: value for name, value in zip(names, values, strict=True) if value is not None}
 
 
-def _matches(given: Mapping[str, str], condition: Axes, reader: _Reader) -> bool:
-    """Whether a cell's value is among those named, for every flag of a condition."""
+def _matches(given: Mapping[str, str], config: ExperimentConfig | None, condition: Axes, reader: _Reader) -> bool:
+    """Whether a run's value is among those named, for every flag of a condition; None stands for a flag not given."""
 
-    def value(name: str, text: str | None) -> Any:
-        return FIELDS[name].default if text is None else reader.value(name, text)
+    def is_among(name: str, texts: Sequence[str | None]) -> bool:
+        if name not in given and None in texts:
+            return True
+        if config is None and name not in given:
+            return False
+        value = getattr(config, name) if config else reader.value(name, given[name])
+        return value in [reader.value(name, text) for text in texts if text is not None]
 
-    return all(
-        value(name, given.get(name)) in [value(name, text) for text in texts] for name, texts in condition.items()
-    )
+    return all(is_among(name, texts) for name, texts in condition.items())
 
 
 def _varying(given: Sequence[Mapping[str, str]], reader: _Reader) -> list[str]:
@@ -244,8 +286,8 @@ def _name(
     config: ExperimentConfig, dataset: DatasetFacts, varies: Mapping[str, str], digest: str, prefix: str | None
 ) -> str:
     head = _head(config, dataset, prefix)
-    what = "_".join(f"{name}={slug(value, LONGEST_VALUE)}" for name, value in varies.items())
-    room = max(0, LONGEST_NAME - len(f"{head}__{digest}".encode()))
+    what = "_".join(f"{name}={slug(value)}" for name, value in varies.items())
+    room = LONGEST_NAME - len(f"{head}__{digest}-99".encode())
     what = what.encode()[:room].decode(errors="ignore").rstrip("_-.")
     return "_".join(filter(None, (head, what, digest)))
 
@@ -273,13 +315,16 @@ def _with_names_of_their_own(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     return named
 
 
-def _in_order(runs: Iterable[PlannedRun]) -> list[PlannedRun]:
-    """Runs of one dataset and teacher together, then of one model; the largest sample first: others are part of it."""
+def in_order(runs: Iterable[PlannedRun]) -> list[PlannedRun]:
+    """The order in which runs profit from each other's caches.
+
+    Those of one dataset and teacher together, then of one model; the largest sample first, as others are part of it.
+    """
     seen: dict[str, int] = {}
 
     def order(run: PlannedRun) -> tuple[int, ...]:
-        keys = [run.dataset.identity, [run.sources["teacher"], run.sources["hyde"]], run.sources["embedder"]]
-        places = [seen.setdefault(json.dumps(key, sort_keys=True), len(seen)) for key in keys]
+        keys = ("dataset",), ("teacher", "hyde"), ("embedder",)
+        places = [seen.setdefault(as_key(*(run.sources[name] for name in key)), len(seen)) for key in keys]
         return *places, -run.config.total_scores if run.asks else 0
 
     return sorted(runs, key=order)
@@ -288,43 +333,36 @@ def _in_order(runs: Iterable[PlannedRun]) -> list[PlannedRun]:
 # --- What is done ----------------------------------------------------------------------------------------------------
 
 
-def find_completed(runs: Iterable[PlannedRun], prefix: str | None = None) -> dict[str, Path]:
-    """The runs that are done: name to folder.
+def find_completed(runs: Iterable[PlannedRun], prefix: str | None = None) -> dict[Path, Path]:
+    """The runs that are done: a run's folder to the folder where it was done.
 
     A run is known by its hash, so it also counts where it was part of another grid and has another name; unless it was
     given a name, or differs from others in what its hash does not hold.
     """
-    folders: dict[str, dict[str, list[str]]] = {}
+    there: dict[str, dict[str, list[str]]] = {}
     completed = {}
     for run in runs:
         output_dir = run.config.output_dir
-        if output_dir not in folders:
-            folders[output_dir] = _folders_by_digest(output_dir)
+        if output_dir not in there:
+            there[output_dir] = _names_by_digest(output_dir)
         candidates = [run.name]
         if not run.config.experiment_name and all(FIELDS[name].metadata["changes_results"] for name in run.varies):
             head = _head(run.config, run.dataset, prefix) + "_"
-            same = folders[output_dir].get(run.digest, [])
+            same = there[output_dir].get(run.digest, [])
             candidates += [name for name in same if name.startswith(head) and name != run.name]
         for name in candidates:
-            if is_completed(folder := Path(output_dir) / name, run.digest):
-                completed[run.name] = folder
+            if is_done(run.config, run.digest, folder := Path(output_dir) / name):
+                completed[run.folder] = folder
                 break
     return completed
 
 
-def is_completed(folder: Path, digest: str) -> bool:
-    """Whether a run with this hash is done in this folder."""
-    earlier = read_json(folder / "config.json")
-    return earlier.get("status") == "completed" and earlier.get("hash") == digest
-
-
-def _folders_by_digest(output_dir: str) -> dict[str, list[str]]:
+def _names_by_digest(output_dir: str) -> dict[str, list[str]]:
     try:
         names = sorted(os.listdir(output_dir))
     except OSError:
         return {}
     by_digest: dict[str, list[str]] = {}
     for name in names:
-        if match := re.fullmatch(r".+_([0-9a-f]{8})", name):
-            by_digest.setdefault(match[1], []).append(name)
+        by_digest.setdefault(name.rpartition("_")[2], []).append(name)
     return by_digest

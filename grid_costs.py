@@ -9,8 +9,8 @@ seven digits may so change places at the edge of a sample.)
 from __future__ import annotations
 
 import collections
-import json
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -61,27 +61,15 @@ class _UnknownError(Exception):
 
 def count_costs(runs: Iterable[PlannedRun]) -> list[Cost]:
     """The answers that runs take; those that several of them share count once."""
-    groups: dict[str, list[PlannedRun]] = collections.defaultdict(list)
+    # The same passages and scores are asked for whatever model embeds: one cost for all runs with the same cache.
+    passages: dict[str, list[PlannedRun]] = collections.defaultdict(list)
+    teachers: dict[str, list[PlannedRun]] = collections.defaultdict(list)
     for run in runs:
-        if run.answers:
-            groups[run.answers].append(run)
-    # The same passages and scores are asked for whatever model embeds: one cost for all groups with the same key.
-    passages: dict[str, list[PlannedRun]] = {}
-    teachers: dict[str, list[list[PlannedRun]]] = collections.defaultdict(list)
-    for members in groups.values():
-        sources = members[0].sources
-        if sources["hyde"]:
-            identity = {name: value for name, value in sources["hyde"][0].items() if name != "samples"}
-            passages.setdefault(_key(sources["dataset"], identity), []).extend(members)
-        if members[0].asks_teacher:
-            teachers[_key(sources["dataset"], sources["teacher"])].append(members)
+        for kind, groups in (("passages", passages), ("scores", teachers)):
+            if kind in (caches := run.caches):
+                groups[caches[kind][0]].append(run)
     preview = _Preview()
-    costs = [preview.passages(members) for members in passages.values()]
-    return costs + [preview.scores(own_groups) for own_groups in teachers.values()]
-
-
-def _key(*parts: Any) -> str:
-    return json.dumps(parts, sort_keys=True)
+    return [*map(preview.passages, passages.values()), *map(preview.scores, teachers.values())]
 
 
 class _Preview:
@@ -98,53 +86,59 @@ class _Preview:
         """The passages of some runs with one writer and dataset."""
         run = max(runs, key=lambda run: run.config.hyde_samples)  # the others' are among its passages
         cost = Cost("HyDE passages", run.dataset.name, run.sources["hyde"][0]["model"])
-        cost.at_most = run.dataset.queries * run.config.hyde_samples
         try:
             cost.at_most, cost.cached = self._writer(run).count_known(self._dataset(run))
-        except (_UnknownError, UserError) as error:
-            cost.unknown[_first_line(error)] = None
+        except _UnknownError as error:
+            cost.at_most = run.dataset.queries * run.config.hyde_samples
+            cost.unknown[str(error)] = None
         return cost
 
     def _writer(self, run: PlannedRun) -> HydeWriter:
-        return find_hyde_writer(run.config, self._prompts_of(run), self._dataset(run))
+        with _unknown_where_missing("the writer is not at hand"):
+            return find_hyde_writer(run.config, self._prompts_of(run), self._dataset(run))
 
     # --- Teachers ---
 
-    def scores(self, groups: Sequence[Sequence[PlannedRun]]) -> Cost:
-        """The scores of groups of runs with one teacher and dataset; within a group, the documents' ranks are equal."""
-        first = groups[0][0]
+    def scores(self, runs: Sequence[PlannedRun]) -> Cost:
+        """The scores of some runs with one teacher and dataset."""
+        first = runs[0]
         cost = Cost("teacher scores", first.dataset.name, _teacher_name(first))
         samples: list[np.ndarray] = []
-        for members in groups:
-            for start in sorted({start for run in members for start in _starts(run)}):
-                different = {run.sample: run.config for run in members if start in _starts(run)}
-                ranks_of = partial(_ranks, list(different.values()))
-                try:
-                    samples.append(self._sample(members[0], start, ranks_of, len(different)))
-                except (_UnknownError, UserError) as error:
-                    cost.unknown[_first_line(error)] = None
-                    cost.at_most += first.dataset.queries * len(ranks_of(first.dataset.documents))
-        if samples:
+        rankings: dict[tuple[str, str], list[PlannedRun]] = collections.defaultdict(list)
+        for run in runs:
+            for start in _starts(run):
+                rankings[run.ranking, start].append(run)
+        for (_, start), members in rankings.items():
+            different = {run.sample: run.config for run in members}
+            ranks_of = partial(_ranks, list(different.values()))
             try:
-                reranker = self._reranker(first)
-                known, cost.cached = reranker.count_known(self._dataset(first), np.concatenate(samples, axis=1))
-                cost.at_most += known
-            except (_UnknownError, UserError) as error:
-                cost.unknown[_first_line(error)] = None
-                cost.at_most += sum(int((sample >= 0).sum()) for sample in samples)
+                samples.append(self._sample(members[0], start, ranks_of, len(different)))
+            except _UnknownError as error:
+                cost.unknown[str(error)] = None
+                cost.at_most += first.dataset.queries * len(ranks_of(first.dataset.documents))
+        if samples:
+            together = np.concatenate(samples, axis=1)
+            try:
+                known, cost.cached = self._reranker(first).count_known(self._dataset(first), together)
+            except _UnknownError as error:
+                known = int((together >= 0).sum())
+                cost.unknown[str(error)] = None
+            cost.at_most += known
         cost.at_most = min(cost.at_most, first.dataset.queries * first.dataset.documents)
         return cost
 
     def _reranker(self, run: PlannedRun) -> Reranker:
-        return find_reranker(run.config, "cpu", self._prompts_of(run), self._dataset(run))
+        with _unknown_where_missing("the teacher is not at hand"):
+            return find_reranker(run.config, "cpu", self._prompts_of(run), self._dataset(run))
 
     def _sample(self, run: PlannedRun, start: str, ranks_of: Callable[[int], np.ndarray], samples: int) -> np.ndarray:
         """The documents on the ranks that runs like this one sample, int64 [Q, K]."""
         dataset, config = self._dataset(run), run.config
         texts = fill_templates(templates_for(self._prompts_of(run), config.embedding_model, dataset), dataset)
-        embedder = make_embedder(config, "cpu")
-        if embedder.must_embed(texts):
-            raise _UnknownError("before embedding")
+        with _unknown_where_missing("the embedding model is not at hand"):
+            embedder = make_embedder(config, "cpu")
+            if embedder.must_embed(texts):
+                raise _UnknownError("before embedding")
         products = len(dataset.queries) * len(dataset.documents) * embedder.cache.dimension
         if products > self._products_left or samples > MOST_SAMPLES:
             raise _UnknownError("too much for a preview")
@@ -166,7 +160,8 @@ class _Preview:
         if not is_at_hand(name, data_dir):
             raise _UnknownError("the dataset is not loaded for a preview")
         if (name, data_dir) not in self._datasets:
-            self._datasets[name, data_dir] = load_dataset(name, data_dir)
+            with _unknown_where_missing("the dataset cannot be loaded"):
+                self._datasets[name, data_dir] = load_dataset(name, data_dir)
         return self._datasets[name, data_dir]
 
     def _prompts_of(self, run: PlannedRun) -> dict[str, Any]:
@@ -174,6 +169,15 @@ class _Preview:
         if path not in self._prompts:
             self._prompts[path] = read_templates(path)
         return self._prompts[path]
+
+
+@contextlib.contextmanager
+def _unknown_where_missing(reason: str) -> Iterator[None]:
+    """What is wrong is told elsewhere; a preview says what it therefore does not know."""
+    try:
+        yield
+    except UserError:
+        raise _UnknownError(reason) from None
 
 
 def _cached_passages(writer: HydeWriter, known: Run) -> list[list[str]]:
@@ -198,7 +202,3 @@ def _ranks(configs: Sequence[ExperimentConfig], n_candidates: int) -> np.ndarray
 
 def _teacher_name(run: PlannedRun) -> str:
     return run.sources["teacher"]["model"] if "kind" not in run.sources["teacher"] else run.config.reranker_model
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

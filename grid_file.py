@@ -14,6 +14,7 @@ A run is left out when, for every flag of one item under ``exclude``, it has the
 
 from __future__ import annotations
 
+import collections
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any
 import yaml
 
 from errors import UserError
-from experiment_config import fields
+from experiment_config import fields, parse_value
 
 # Other names of the two flags that every grid has as axes.
 PLURALS = {"dataset": "--datasets", "embedding_model": "--embedding_models"}
@@ -48,6 +49,23 @@ class Cells:
     where: str = ""
 
 
+class _TextLoader(yaml.SafeLoader):
+    """Takes all scalars as the texts that they are, so that flags read them as from a command line.
+
+    (YAML would take 1e-4 for a text and 1.0e-4 for a number.) A key that occurs twice is a mistake.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[str, Any]:
+        """A mapping with its merges (``<<``)."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if repeated := [key for key, times in collections.Counter(keys).items() if times > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{repeated[0]!r} occurs twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_TextLoader.yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}
+
+
 def read_grid_file(path: str, names: Sequence[str]) -> list[Cells]:
     """Read the grids of a YAML file: all of them, or those named.
 
@@ -56,8 +74,7 @@ def read_grid_file(path: str, names: Sequence[str]) -> list[Cells]:
     """
     where = f"--grid: {path}"
     try:
-        # All scalars as the texts that they are: flags read them as from a command line (YAML takes 1e-4 for a text).
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_TextLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where} cannot be read ({getattr(error, 'strerror', None) or error})") from None
     except yaml.YAMLError as error:
@@ -68,15 +85,15 @@ def read_grid_file(path: str, names: Sequence[str]) -> list[Cells]:
         raise UserError(f"{where} has an unknown section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
     grids, problems = content["grids"], []
     if unknown := [name for name in names if name not in grids]:
-        raise UserError(f"{where} has no grid {unknown[0]!r}; there are {', '.join(grids)}")
+        raise UserError(f"--only: {path} has no grid {unknown[0]!r}; there are {', '.join(grids)}")
     shared = _read_axes(content.get("shared") or {}, f"{where}, shared", problems)
     exclusions = _read_exclusions(content.get("exclude") or [], f"{where}, exclude", problems)
     cells = []
     for name in names or grids:
         grid = dict(grids[name]) if isinstance(grids[name], dict) else grids[name]
-        own = grid.pop("exclude", []) if isinstance(grid, dict) else []
+        own = grid.pop("exclude", None) if isinstance(grid, dict) else None
         axes = _read_axes(grid or {}, f"{where}, {name}", problems)
-        own_exclusions = _read_exclusions(own, f"{where}, {name}, exclude", problems)
+        own_exclusions = _read_exclusions(own or [], f"{where}, {name}, exclude", problems)
         cells.append(Cells(shared | axes, [*exclusions, *own_exclusions], f"grid {name}: "))
     if problems:
         raise UserError("\n".join(problems))
@@ -93,6 +110,8 @@ def _read_axes(section: Any, where: str, problems: list[str]) -> Axes:
     singular = {plural.removeprefix("--"): name for name, plural in PLURALS.items()}
     for key, given in section.items():
         name = singular.get(key, key)
+        if name in axes:
+            problems.append(f"{where}: {name} is given twice, also as {key}")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             problems.append(f"{where}: unknown flag {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
@@ -110,4 +129,11 @@ def _read_exclusions(section: Any, where: str, problems: list[str]) -> list[Axes
     if not isinstance(section, list):
         problems.append(f"{where}: must be a list, each of its items flags with values, found {section!r}")
         return []
-    return [_read_axes(item, where, problems) for item in section]
+    conditions = [_read_axes(item, where, problems) for item in section]
+    by_name = {field.name: field for field in fields()}
+    for name, text in ((name, text) for own in conditions for name, texts in own.items() for text in texts if text):
+        try:
+            parse_value(by_name[name], text)
+        except UserError as error:
+            problems.append(f"{where}: {error}")
+    return conditions

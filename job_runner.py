@@ -9,6 +9,7 @@ Linux and macOS.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import queue
 import signal
@@ -16,9 +17,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -27,6 +29,7 @@ from experiment_config import POSITIVE, Rule, flag
 
 LOG_TAIL_BYTES = 1 << 14
 LONGEST_LINE = 500
+SECONDS_UNTIL_NEXT_LOOK = 2.0
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=index", "--format=csv,noheader")
 BAR = "{desc}: {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
@@ -68,7 +71,7 @@ def find_slots(flags: SlotFlags, wants_gpu: bool = True) -> Slots:
         UserError: a GPU is asked for that is not there.
     """
     there = visible_gpus() if wants_gpu else []
-    asked = flags.gpus.split(",") if flags.gpus and wants_gpu else there
+    asked = list(dict.fromkeys(flags.gpus.split(","))) if flags.gpus and wants_gpu else there
     if absent := [gpu for gpu in asked if gpu not in there]:
         among = f"visible are {', '.join(there)}" if there else "no GPU is visible here"
         raise UserError(f"--gpus: got {' '.join(absent)}, {among}")
@@ -79,7 +82,8 @@ def find_slots(flags: SlotFlags, wants_gpu: bool = True) -> Slots:
 def visible_gpus() -> list[str]:
     """The GPUs there are, as CUDA_VISIBLE_DEVICES names them; found without loading torch."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu.strip() for gpu in visible.split(",") if gpu.strip() not in ("", "-1")]
+        names = map(str.strip, visible.split(","))
+        return list(dict.fromkeys(itertools.takewhile(lambda name: name not in ("", "-1"), names)))
     try:
         done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -88,21 +92,54 @@ def visible_gpus() -> list[str]:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """Something that a job puts into a cache for others: the first job with an entry fills it, and the others wait.
+
+    Jobs that fill different entries of one cache share parts of them and go one after the other.
+    """
+
+    cache: Hashable
+    part: Hashable
+
+
+@dataclass(frozen=True)
 class Job:
     """A command to run.
 
     Attributes:
-        name: for people, unique.
-        command: program and arguments.
+        name: for people.
+        command: program and arguments; no two jobs have the same.
         uses_gpu: whether it needs a place on a GPU, where there are any.
-        fills: (cache, entry) pairs: what the job puts into caches for others, unless it is there. The first job with an
-            entry fills it and the others wait; those that fill different entries of one cache go one after the other.
+        fills: what it puts into caches, unless it is there.
     """
 
     name: str
     command: tuple[str, ...]
     uses_gpu: bool = True
-    fills: tuple[tuple[Hashable, Hashable], ...] = ()
+    fills: tuple[Entry, ...] = ()
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a job gets when it starts.
+
+    Attributes:
+        logs: where its output goes: the first. The job may rename it to one of the others.
+        files: open files that it inherits, by the environment variable that tells it their number.
+        end: called when it has ended.
+    """
+
+    logs: tuple[Path, ...]
+    files: Mapping[str, int] = field(default_factory=dict)
+    end: Callable[[], None] = lambda: None
+
+    @property
+    def log(self) -> Path:
+        """Where the output is now."""
+        return next((path for path in self.logs if path.exists()), self.logs[0])
+
+
+State = Literal["completed", "failed", "interrupted", "skipped", "busy", "not started"]
 
 
 @dataclass(frozen=True)
@@ -110,8 +147,7 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-        state: "completed", "failed", "interrupted", "skipped" (nothing to do any more), "busy" (another process is at
-            it), "not started".
+        state: "skipped": there was nothing to do any more; "busy": another process was at it when the work was stopped.
         seconds: of its last try.
         reason: the last line of its log, where it failed.
         log: where its output went.
@@ -119,7 +155,7 @@ class Outcome:
         tries: how often it was started.
     """
 
-    state: str
+    state: State
     seconds: float = 0.0
     reason: str = ""
     log: Path | None = None
@@ -130,7 +166,7 @@ class Outcome:
 @dataclass
 class _Running:
     process: subprocess.Popen[bytes]
-    log: Path
+    beginning: Beginning
     gpu: str | None
     started: float = field(default_factory=time.monotonic)
 
@@ -141,12 +177,11 @@ class JobRunner:
     Args:
         jobs: in the order in which they are to start.
         slots: the places there are.
-        begin: called before a job starts; returns where its output goes, or None when there is nothing left to do. May
-            raise UserError or OSError: the job has failed, or is busy.
+        begin: called before a job starts; None when there is nothing left to do. May raise FolderBusy: another process
+            is at it, look again later; or UserError or OSError: the job has failed.
         describe: from a job and its outcome to what its line says.
         retries: more tries of a job that died by a signal, or for lack of memory.
         continue_on_error: whether jobs are started after one has failed.
-        warm: (cache, entry) pairs that are there already.
         unit: what a job is called.
 
     Attributes:
@@ -158,12 +193,11 @@ class JobRunner:
         self,
         jobs: Sequence[Job],
         slots: Slots,
-        begin: Callable[[Job], Path | None],
+        begin: Callable[[Job], Beginning | None],
         describe: Callable[[Job, Outcome], str],
         *,
         retries: int = 0,
         continue_on_error: bool = True,
-        warm: Iterable[tuple[Hashable, Hashable]] = (),
         unit: str = "run",
     ) -> None:
         self.slots, self.begin, self.describe = slots, begin, describe
@@ -171,11 +205,14 @@ class JobRunner:
         self.outcomes: dict[Job, Outcome] = {}
         self.interrupted = False
         self._stopping = False
-        self._total = len(jobs)
+        self._total, self._ended = len(jobs), 0
+        names = [job.name for job in jobs]
+        self._shared = len(os.path.commonprefix(names)) if len(jobs) > 1 else 0  # noqa: RUF071
         self._pending = list(jobs)
+        self._look_again: dict[Job, float] = {}  # busy jobs, and when
         self._running: dict[Job, _Running] = {}
         self._tries: dict[Job, int] = dict.fromkeys(jobs, 0)
-        self._warm = set(warm)
+        self._filled: set[Entry] = set()
         self._events: queue.SimpleQueue[tuple[Job, int] | None] = queue.SimpleQueue()
 
     def run(self) -> dict[Job, Outcome]:
@@ -194,13 +231,13 @@ class JobRunner:
     def _loop(self, lifeline: int) -> None:
         while True:
             self._start_what_can_start(lifeline)
-            if not self._running:
+            if not self._running and (self._stopping or not self._pending):
                 return
             try:
-                event = self._events.get(timeout=None if self._bar.disable else 1.0)
+                # Without a bar and without anything to look at again, until something happens.
+                event = self._events.get(timeout=None if self._bar.disable and not self._look_again else 1.0)
             except queue.Empty:
-                self._show_running()
-                continue
+                continue  # the bar shows the time, and busy jobs are looked at again
             if event is None:
                 self._stop()
             else:
@@ -213,7 +250,8 @@ class JobRunner:
             if self._stopping or len(self._running) >= self.slots.parallel:
                 break
             gpu = self._free_gpu() if job.uses_gpu else None
-            if (job.uses_gpu and self.slots.gpus and gpu is None) or self._must_wait(job):
+            lacks_gpu = job.uses_gpu and self.slots.gpus and gpu is None
+            if lacks_gpu or self._must_wait(job) or time.monotonic() < self._look_again.get(job, 0):
                 continue
             self._pending.remove(job)
             self._start(job, gpu, lifeline)
@@ -228,73 +266,97 @@ class JobRunner:
 
     def _must_wait(self, job: Job) -> bool:
         """Whether a running job is filling a cache for it."""
-        filling = {cache for running in self._running for cache, _ in self._cold(running)}
-        return any(cache in filling for cache, _ in self._cold(job))
+        filling = {entry.cache for running in self._running for entry in self._unfilled(running)}
+        return any(entry.cache in filling for entry in self._unfilled(job))
 
-    def _cold(self, job: Job) -> list[tuple[Hashable, Hashable]]:
-        return [entry for entry in job.fills if entry not in self._warm]
+    def _unfilled(self, job: Job) -> list[Entry]:
+        return [entry for entry in job.fills if entry not in self._filled]
 
     def _start(self, job: Job, gpu: str | None, lifeline: int) -> None:
-        log = None
+        beginning = None
         try:
-            log = self.begin(job)
-            if log is None:
+            beginning = self.begin(job)
+            if beginning is None:
                 self._note(job, Outcome("skipped"))
                 return
-            log.write_bytes(b"")
-            with open(log, "ab") as output:
-                process = subprocess.Popen(
-                    job.command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    env=self._environment(job, gpu, lifeline),
-                    pass_fds=(lifeline,),
-                    process_group=0,
-                )
-        except (UserError, OSError) as error:
-            state = "busy" if isinstance(error, FolderBusy) else "failed"
-            self._note(job, Outcome(state, reason=str(error), log=log))
-            return
-        self._tries[job] += 1
-        self._running[job] = _Running(process, log, gpu)
-        threading.Thread(target=lambda: self._events.put((job, process.wait())), daemon=True).start()
+            process = self._spawn(job, beginning, gpu, lifeline)
+        except FolderBusy as error:
+            self._wait_for(job, Outcome("busy", reason=str(error)))
+        except (UserError, OSError, ValueError) as error:
+            if beginning:
+                beginning.end()
+            self._note(job, Outcome("failed", reason=str(error), log=beginning and beginning.log))
+        else:
+            self._look_again.pop(job, None)
+            self._tries[job] += 1
+            self._running[job] = _Running(process, beginning, gpu)
+            threading.Thread(target=lambda: self._events.put((job, _status_of(process))), daemon=True).start()
 
-    def _environment(self, job: Job, gpu: str | None, lifeline: int) -> dict[str, str]:
-        environment = os.environ | {LIFELINE: str(lifeline)}
+    def _spawn(self, job: Job, beginning: Beginning, gpu: str | None, lifeline: int) -> subprocess.Popen[bytes]:
+        files = {LIFELINE: lifeline, **beginning.files}
+        environment = os.environ | {name: str(number) for name, number in files.items()}
         # Threads that wait sleep: else those of several processes keep each other from the cores. Their number stays
         # what it is without a runner, since it may show in the last bits of a figure.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if self.slots.gpus:
+            if "CUDA_VISIBLE_DEVICES" not in environment:  # then the names are numbers as nvidia-smi counts
+                environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
             environment["CUDA_VISIBLE_DEVICES"] = gpu if job.uses_gpu else ""
-            environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts
-        return environment
+        tries = self._tries[job]
+        beginning.log.write_bytes(beginning.log.read_bytes() + f"--- try {tries + 1} ---\n".encode() if tries else b"")
+        with open(beginning.log, "ab") as output:
+            return subprocess.Popen(
+                job.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                pass_fds=tuple(files.values()),
+                process_group=0,
+            )
 
     # --- Ending ---
 
     def _end(self, job: Job, status: int) -> None:
         running, tries = self._running.pop(job), self._tries[job]
-        seconds, reason = time.monotonic() - running.started, _reason(running.log, status)
-        died = status < 0 or status in (INTERRUPTED_STATUS, OutOfMemory.exit_status)
-        if died and not self._stopping and tries <= self.retries:
+        running.beginning.end()
+        log = running.beginning.log
+        outcome = Outcome(
+            self._state_of(status), time.monotonic() - running.started, _reason(log, status), log, running.gpu, tries
+        )
+        if status == FolderBusy.exit_status and not self._stopping:
+            self._wait_for(job, outcome)
+        elif _is_death(status) and not self._stopping and tries <= self.retries:
             self._pending.append(job)  # behind the others: memory may be free then
-            self.say(f"again      {job.name}  {reason}")
-            return
-        if status == 0:
-            state = "completed"
-        elif status == FolderBusy.exit_status:
-            state = "busy"
+            self.outcomes[job] = outcome  # it counts if the work is stopped before the next try
+            self.say(f"{'again':<11} {self.describe(job, outcome)}")
         else:
-            state = "interrupted" if died and self.interrupted else "failed"
-        self._note(job, Outcome(state, seconds, reason, running.log, running.gpu, tries))
+            self._note(job, outcome)
+
+    def _state_of(self, status: int) -> State:
+        if status == 0:
+            return "completed"
+        if status == FolderBusy.exit_status:
+            return "busy"
+        return "interrupted" if self.interrupted and _is_death(status) else "failed"
+
+    def _wait_for(self, job: Job, outcome: Outcome) -> None:
+        """Look at a job again later that another process is at."""
+        if job not in self._look_again:
+            self.say(f"{'waiting':<11} {self.describe(job, outcome)}")
+        self.outcomes[job] = outcome
+        self._look_again[job] = time.monotonic() + SECONDS_UNTIL_NEXT_LOOK
+        self._pending.append(job)
 
     def _note(self, job: Job, outcome: Outcome) -> None:
         self.outcomes[job] = outcome
         if outcome.state in ("completed", "skipped"):
-            self._warm.update(job.fills)
+            self._filled.update(job.fills)
         self._stopping |= outcome.state == "failed" and not self.continue_on_error
+        self._ended += 1
         self._bar.update()
-        self.say(f"{outcome.state:<11}{self.describe(job, outcome)}")
+        number = f"{self._ended:>{len(str(self._total))}}/{self._total}"
+        self.say(f"{outcome.state:<11} {number}  {self.describe(job, outcome)}")
 
     # --- Stopping ---
 
@@ -315,7 +377,8 @@ class JobRunner:
         """The first time: ask all to stop; the second time: kill them."""
         again, self.interrupted, self._stopping = self.interrupted, True, True
         what = "killing" if again else "stopping: waiting for"
-        self.say(f"{what} {len(self._running)} {self.unit}s{'' if again else '; once more kills them'}")
+        number = counted(len(self._running), self.unit)
+        self.say(f"{what} {number}{'' if again else '; once more kills what is left'}")
         for running in self._running.values():
             with contextlib.suppress(ProcessLookupError):
                 if again:
@@ -331,8 +394,28 @@ class JobRunner:
             tqdm.write(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr)
 
     def _show_running(self) -> None:
+        names = ", ".join(job.name[self._shared :] for job in self._running)
         with contextlib.suppress(OSError):
-            self._bar.set_postfix_str(f"{len(self._running)} running: " + ", ".join(job.name for job in self._running))
+            self._bar.set_postfix_str(f"running: {names}" if names else "")
+
+
+def counted(number: int, what: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _status_of(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a process to end; what it started and left behind ends with it."""
+    if hasattr(os, "waitid"):
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its number is not given away yet
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
+def _is_death(status: int) -> bool:
+    """Whether a process died, of a signal or for lack of memory, rather than failed."""
+    return status < 0 or status in (INTERRUPTED_STATUS, OutOfMemory.exit_status)
 
 
 def last_line(log: Path) -> str:

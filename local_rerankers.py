@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from cache_utils import RecordCache, record_key
-from devices import free_device_memory, is_out_of_memory
-from errors import OutOfMemory, UserError
+from devices import free_device_memory
+from errors import OutOfMemory, UserError, is_out_of_memory
 from instruction_templates import CausalPrompt
 from model_loading import ModelSource, load_model
 from retrieval_dataset import RetrievalDataset

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devices import is_out_of_memory
+from cache_utils import files_identity
 from downloads import hub_is_reachable
-from errors import OutOfMemory, UserError, is_folder
+from errors import OutOfMemory, UserError, is_folder, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 PACKAGED_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -63,7 +63,7 @@ def find_model(name: str, revision: str = "main", flag: str = "--embedding_model
     check_model_name(name, flag)
     path = Path(name).expanduser()
     if is_folder(path):
-        return ModelSource(name, str(path), None, _folder_identity(path))
+        return ModelSource(name, str(path), None, files_identity(path))
     name = _hub_name(name)
     if commit := _cached_commit(name, revision):
         return ModelSource(name, name, commit, f"commit {commit}")
@@ -95,16 +95,7 @@ def _hub_name(name: str) -> str:
 def name_identity(name: str, revision: str = "main") -> str:
     """What a name says of which model it is: a folder's name and files, or hub name and revision; looks nothing up."""
     path = Path(name).expanduser()
-    return f"{path.name} {_folder_identity(path)}" if is_folder(path) else f"{_hub_name(name)} at {revision}"
-
-
-def _folder_identity(folder: Path) -> str:
-    """Hash over the files of a model folder: names, sizes and times of change, so that a retrained model is new."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        stat = path.stat()
-        digest.update(f"{path.relative_to(folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return f"folder {digest.hexdigest()}"
+    return f"{path.name} {files_identity(path)}" if is_folder(path) else f"{_hub_name(name)} at {revision}"
 
 
 def _cached_commit(name: str, revision: str) -> str | None:

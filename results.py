@@ -29,7 +29,9 @@ from retrieval_dataset import RetrievalDataset
 
 logger = logging.getLogger(__name__)
 LOCK, LOG, RERUN_LOG = ".lock", "run.log", "rerun.log"
+INHERITED_LOCK = "RUN_FOLDER_LOCK_FILE"  # environment variable: the open lock that a batch runner hands to this process
 LOGS = (LOG, RERUN_LOG)
+TABLE_METRICS = ("map", "roc_auc", "ndcg_at_10", "mrr", "precision_at_10", "recall_at_50")
 # The variants of a query, as files are named after them and as people read them.
 VARIANTS = {
     "embeddings": "original",
@@ -117,6 +119,32 @@ class RunFolder:
         """Where the next run's log goes: beside the log of a completed one, which counts until the new one is done."""
         return self.folder / (RERUN_LOG if self._earlier_run_completed else LOG)
 
+    def claim(self) -> dict[str, int]:
+        """Make the folder and take it for a process that is about to be started.
+
+        Returns:
+            the open files that the process must inherit, by the environment variable that tells it their number.
+
+        Raises:
+            UserError: as :meth:`check`.
+        """
+        self._make()
+        return {} if self._lock is None else {INHERITED_LOCK: self._lock}
+
+    def _make(self) -> None:
+        """Make the folder, lock it, look at what is there."""
+        check_writable("--output_dir", self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            self._earlier_run_completed = self._earlier_status() == "completed"
+        except UserError:
+            self.release()
+            raise
+        except OSError as error:
+            self.release()
+            raise UserError(f"--output_dir: {self.folder} cannot be written ({error.strerror})") from None
+
     def begin(self, settings: dict[str, Any]) -> Path:
         """Make the folder, take it for this run, and mark it running; returns where the log goes.
 
@@ -127,25 +155,22 @@ class RunFolder:
             UserError: as :meth:`check`.
         """
         self.settings = settings
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            self._earlier_run_completed = self._earlier_status() == "completed"
-            for left_over in self.folder.rglob(".*.tmp"):
-                left_over.unlink()
-            if self._earlier_run_completed:
-                logger.info("the results of an earlier run in %s will be replaced", self.folder)
-            else:
-                self.set_status("running")
-            return self.log_path
-        except OSError as error:
-            raise UserError(f"--output_dir: {self.folder} cannot be written ({error.strerror})") from None
+        self._make()
+        for left_over in self.folder.rglob(".*.tmp"):
+            left_over.unlink()
+        if self._earlier_run_completed:
+            logger.info("the results of an earlier run in %s will be replaced", self.folder)
+        else:
+            self.set_status("running")
+        return self.log_path
 
     def _take_lock(self) -> None:
         """Lock the folder for the life of this process; the system lets go of it however the process ends."""
         try:
             import fcntl
         except ImportError:  # Windows
+            return
+        if self._has_inherited_lock():
             return
         self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -157,6 +182,14 @@ class RunFolder:
             ) from None
         except OSError as error:
             logger.info("this file system has no locks (%s): do not start two runs into %s", error, self.folder)
+
+    def _has_inherited_lock(self) -> bool:
+        """Whether a batch runner locked the folder for this process; the lock lasts as long as either."""
+        try:
+            number = int(os.environ[INHERITED_LOCK])
+            return os.path.samestat(os.fstat(number), (self.folder / LOCK).stat())
+        except (KeyError, ValueError, OSError):
+            return False
 
     def release(self) -> None:
         """Let others write to the folder."""

@@ -29,7 +29,7 @@ def start_logging() -> logging.handlers.MemoryHandler:
     """Log to the terminal, and keep the lines until the run's folder is there to hold them."""
     terminal = logging.StreamHandler()
     terminal.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S"))
-    if stat.S_ISREG(os.fstat(sys.stderr.fileno()).st_mode):
+    if (output := _standard_error()) and stat.S_ISREG(output.st_mode):
         terminal.setFormatter(FILE_FORMAT)
     memory = logging.handlers.MemoryHandler(capacity=KEPT_LINES, flushLevel=logging.CRITICAL + 1)
     logging.basicConfig(level=logging.INFO, handlers=[terminal, memory], force=True)
@@ -38,11 +38,19 @@ def start_logging() -> logging.handlers.MemoryHandler:
     return memory
 
 
+def _standard_error() -> os.stat_result | None:
+    """What standard error is; None where there is none, or it is no file (a notebook)."""
+    try:
+        return os.fstat(sys.stderr.fileno())
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
 def log_to_file(memory: logging.handlers.MemoryHandler, path: Path) -> None:
     """Send the kept lines and all later ones to ``path``, unless they go there already, as a batch runner has it."""
     root = logging.getLogger()
     root.removeHandler(memory)
-    if path.exists() and os.path.samestat(path.stat(), os.fstat(sys.stderr.fileno())):
+    if (output := _standard_error()) and path.exists() and os.path.samestat(path.stat(), output):
         return
     file = logging.FileHandler(path, mode="w", encoding="utf-8")
     file.setFormatter(FILE_FORMAT)

@@ -15,6 +15,7 @@ from hyde import HydeWriter, check_hyde, find_hyde_writer, hyde_setup
 from instruction_templates import FilledTexts, templates_for
 from model_loading import check_model_name, find_model, name_identity
 from rerankers import Reranker, check_reranker, find_reranker, teacher_setup
+from results import read_json
 from retrieval_dataset import DatasetFacts, RetrievalDataset
 
 # Flags of which the hash takes what they stand for.
@@ -61,6 +62,13 @@ class Run:
         return {"name": self.reranker.name, "score_mode": self.reranker.score_mode}
 
 
+# The flags whose values are looked at by check_run.
+CHECKED_FLAGS = (
+    *("dataset", "embedding_model", "trust_remote_code", "reranker_model", "optimize_with_gold", "hyde_model"),
+    *("computation_types", "cache_dir", "output_dir"),
+)
+
+
 def check_run(config: ExperimentConfig) -> None:
     """Say all at once what is wrong with a run, as far as it shows without loading or asking anything.
 
@@ -68,24 +76,34 @@ def check_run(config: ExperimentConfig) -> None:
         UserError: naming the flags or the environment variables, one line each.
     """
     problems = []
-    for check in (check_inputs, check_reranker, check_hyde, check_output):
+    for check, argument in (
+        (check_dataset_name, config.dataset),
+        *((check, config) for check in (check_embedder, check_cache, check_reranker, check_hyde, check_output)),
+    ):
         try:
-            check(config)
+            check(argument)
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
 
 
-def check_inputs(config: ExperimentConfig) -> None:
-    """Check what embedding needs.
+def check_embedder(config: ExperimentConfig) -> None:
+    """Check the embedding model's name.
 
     Raises:
-        UserError: the name of the dataset or of the model, or the cache's place is wrong.
+        UserError: it is no folder and no hub name, or needs code that is not trusted.
     """
-    check_dataset_name(config.dataset)
     check_remote_code(config.embedding_model, config.trust_remote_code)
     check_model_name(config.embedding_model)
+
+
+def check_cache(config: ExperimentConfig) -> None:
+    """Check where vectors and answers are kept.
+
+    Raises:
+        UserError: nobody can write there.
+    """
     if not is_folder(config.cache_dir):  # a full cache may be read-only
         check_writable("--cache_dir", Path(config.cache_dir))
 
@@ -173,6 +191,20 @@ def run_hash(config: ExperimentConfig, sources: dict[str, Any]) -> str:
     """Hash over all that changes a figure: the flags of the method, and the run's sources."""
     flags = {name: value for name, value in config.result_flags().items() if name not in RESOLVED_FLAGS}
     return short_hash([flags, config.variants, sources])
+
+
+def is_done(config: ExperimentConfig, digest: str, folder: Path) -> bool:
+    """Whether a completed run in ``folder`` has the figures, and the files, that a run with these flags would have."""
+    earlier, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    if earlier.get("status") != "completed" or earlier.get("hash") != digest:
+        return False
+    flags, teacher = earlier.get("flags", {}), summary.get("teacher", {})
+    lacks_tensors = config.save_tensors and not flags.get("save_tensors")
+    asked_price = config.price_per_million if summary.get("language_models") else None
+    lacks_cost = asked_price is not None and asked_price != flags.get("price_per_million")
+    missing = teacher.get("missing", 0)
+    lacks_scores = missing > config.max_failed_scores * (missing + teacher.get("scores", 0))
+    return not (lacks_tensors or lacks_cost or lacks_scores)
 
 
 def run_name(config: ExperimentConfig, dataset: DatasetFacts, *more: str) -> str:

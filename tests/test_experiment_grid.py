@@ -10,8 +10,8 @@ from conftest import ROOT, run_script, write_folder_dataset
 
 from dataset_loaders import DATASETS, dataset_facts, load_dataset
 from errors import UserError
-from experiment_config import FOLDER_NAME, ExperimentConfig, fields, parse_arguments
-from experiment_grid import find_completed, is_completed, plan_grid
+from experiment_config import ExperimentConfig, fields, folder_name, parse_arguments
+from experiment_grid import find_completed, in_order, plan_grid
 from grid_file import Cells, read_grid_file
 from run_experiments import command_of, read_command
 
@@ -51,13 +51,13 @@ def test_every_flag_is_an_axis_and_the_product_is_run():
 def test_names_say_what_varies_and_are_folder_names():
     grid = plan("night", lr=["1e-4", "0.001"], embedding_model=["own/m-1", "own/m-2"])
     names = [run.name for run in grid.runs]
-    assert re.fullmatch(r"night_Demo_m-1_lr=0\.0001_[0-9a-f]{8}", names[0])
+    assert re.fullmatch(r"night_Demo_m-1_lr=0\.0001_[0-9a-f]{12}", names[0])
     assert len(set(names)) == 4
     (only,) = plan().runs
-    assert re.fullmatch(r"Demo_model_[0-9a-f]{8}", only.name)
+    assert re.fullmatch(r"Demo_model_[0-9a-f]{12}", only.name)
     long = plan(reranker_model=["x" * 90 + "/a", "y" * 90 + "/b"], optimize_with_gold=["False"], hyde_model=["z" * 99, "w" * 99])
     for run in [*grid.runs, *long.runs]:
-        assert FOLDER_NAME.accepts(run.name)
+        assert folder_name().accepts(run.name)
         assert len(run.name.encode()) <= 250
 
 
@@ -133,6 +133,8 @@ def test_all_mistakes_of_all_runs_are_told_at_once():
     with pytest.raises(UserError) as caught:
         plan(
             dataset=["Nowhere", "Demo", "Demi"],
+            embedding_model=["./nowhere", "some/model"],
+            optimize_with_gold=["False"],
             lr=["0", "1e-3", "fast"],
             total_scores=["5"],
             scores_from_top=["3", "6"],
@@ -142,9 +144,10 @@ def test_all_mistakes_of_all_runs_are_told_at_once():
     assert [line.split(":")[0] for line in lines] == [
         *("--lr", "--scores_from_top", "--lr"),
         *("--dataset", "--instruction_templates", "--dataset"),
+        *("--embedding_model", "--reranker_model"),
     ]
     with pytest.raises(UserError) as caught:
-        read_command(["--parallel", "0", "--retries", "-1", "--experiment_prefix", "a/b", "--gpus", ",", "--grid", "none.yaml"])
+        read_command(["--parallel=0", "--retries=-1", "--experiment_prefix=a/b", "--gpus=,", "--grid=none.yaml", "--lr=0"])
     lines = [line.split(":")[0] for line in str(caught.value).splitlines()]
     assert lines == ["--parallel", "--gpus", "--experiment_prefix", "--retries", "--grid"]
 
@@ -157,19 +160,46 @@ def test_a_grid_by_mistake():
         plan(experiment_name=["x"], lr=["1e-3", "1e-4"])
 
 
+def test_one_name_in_two_output_folders_is_two_runs(tmp_path):
+    grid = plan(output_dir=[str(tmp_path / "a"), str(tmp_path / "b")])
+    one, other = grid.runs
+    assert one.name == other.name and one.folder != other.folder
+    finish(other)
+    assert find_completed(grid.runs) == {other.folder: other.folder}
+
+
+def test_switches_and_null_on_the_command_line():
+    for words, expected in (
+        (["--refit"], ["True"]),
+        (["--refit", "--refit", "False"], ["True", "False"]),
+        (["--refit", "True", "False"], ["True", "False"]),
+        (["--hyde_model", "null", "h"], [None, "h"]),
+        (["--lr=1", "--lr", "2", "3"], ["1", "2", "3"]),
+    ):
+        _, (cells,) = read_command(words)
+        assert list(cells.axes.values()) == [expected]
+    for words in (["--experiment_prefix=p", "--experiment_name=n"], ["--only", "a"]):
+        with pytest.raises(UserError, match=words[0].split("=")[0]):
+            read_command(words)
+
+
 def test_the_order_lets_runs_profit_from_each_others_caches():
-    runs = plan(
-        dataset=["Demo", "Clinc150"],
-        embedding_model=["m/1", "m/2"],
-        optimize_with_gold=["False"],
-        reranker_model=["a", "b"],
-        total_scores=["5", "20"],
-    ).runs
+    runs = in_order(
+        plan(
+            dataset=["Demo", "Clinc150"],
+            embedding_model=["m/1", "m/2"],
+            optimize_with_gold=["False"],
+            reranker_model=["a", "b"],
+            total_scores=["5", "20"],
+        ).runs
+    )
     order = [(r.config.dataset, r.config.reranker_model, r.config.embedding_model, r.config.total_scores) for r in runs]
     assert order == sorted(order, key=lambda o: (o[0] != "Demo", o[1], o[2], -o[3]))
-    assert runs[0].answers == runs[1].answers and runs[0].sample != runs[1].sample
-    assert len({run.answers for run in runs}) == 8
-    assert len({run.vectors for run in runs}) == 4
+    assert [run.caches["scores"][0] for run in runs[:4]] == [runs[0].caches["scores"][0]] * 4  # whatever model embeds
+    assert len({run.caches["scores"][0] for run in runs}) == 4
+    assert len({run.caches["scores"] for run in runs}) == 16
+    assert len({run.caches["vectors"][0] for run in runs}) == 2  # datasets may have texts in common
+    assert len({run.caches["vectors"] for run in runs}) == 4
 
 
 def test_every_value_arrives_in_the_runs_command():
@@ -198,17 +228,31 @@ def test_a_run_is_done_when_its_folder_says_so(tmp_path):
     done, failed, other, torn = grid.runs
     folder = finish(done)
     finish(failed, status="failed")
-    finish(other, hash="00000000")
+    finish(other, hash="000000000000")
     (finish(torn) / "config.json").write_text('{"status": "comp')
-    assert find_completed(grid.runs) == {done.name: folder}
-    assert is_completed(folder, done.digest)
+    assert find_completed(grid.runs) == {done.folder: folder}
+
+
+def test_a_done_run_must_have_what_the_flags_ask_for(tmp_path):
+    (run,) = plan(output_dir=[str(tmp_path)]).runs
+    folder = finish(run, flags={"price_per_million": "1,2"})
+    summary = {"teacher": {"scores": 90, "missing": 10}, "language_models": {"teacher": {}}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    for more, done in (
+        ({"max_failed_scores": ["0.1"]}, True),
+        ({}, False),  # 5 %
+        ({"max_failed_scores": ["0.1"], "price_per_million": ["1,2"]}, True),
+        ({"max_failed_scores": ["0.1"], "price_per_million": ["1,3"]}, False),
+        ({"max_failed_scores": ["0.1"], "save_tensors": ["True"]}, False),
+    ):
+        assert bool(find_completed(plan(output_dir=[str(tmp_path)], **more).runs)) == done
 
 
 def test_a_run_of_another_grid_counts_unless_its_name_matters(tmp_path):
     (single,) = plan(output_dir=[str(tmp_path)]).runs
     folder = finish(single)
     wider = plan(lr=["1e-4", "1e-3"], output_dir=[str(tmp_path)])
-    assert find_completed(wider.runs) == {wider.runs[0].name: folder}
+    assert find_completed(wider.runs) == {wider.runs[0].folder: folder}
     assert find_completed(plan("p", lr=["1e-4", "1e-3"], output_dir=[str(tmp_path)]).runs, "p") == {}
     named = plan(experiment_name=["mine"], output_dir=[str(tmp_path)])
     assert find_completed(named.runs) == {}
@@ -250,7 +294,24 @@ def test_a_grid_file_names_grids_and_what_to_leave_out(tmp_path):
         (None, 0.005, "0.1,2"),
         ("LiteLLM/h", 0.005, "0.1,2"),
     }
-    assert grid.notes == ['grid preset: exclude {"lr": ["1e-2"], "num_steps": ["100"]} matches no run']
+    assert grid.notes == ["2 runs are excluded"]
+
+
+def test_exclusions_see_the_value_that_a_run_has(tmp_path):
+    """What a preset fills in, what another flag limits, and what is not allowed at all."""
+
+    def values(exclude, *names):
+        text = "grids: {a: {dataset: Demo, refit: true, lr: [null, 1e-3], total_scores: [5, 20], scores_from_top: [null, 10]}}"
+        grid = plan_grid(read_grid_file(write(tmp_path, f"{text}\nexclude: {exclude}"), []))
+        return {tuple(getattr(run.config, name) for name in names) for run in grid.runs}
+
+    impossible = "{total_scores: 5, scores_from_top: 10}"
+    assert values(f"[{impossible}]", "lr", "scores_from_top") == {(0.005, 5), (0.005, 20), (0.005, 10), (1e-3, 5), (1e-3, 20), (1e-3, 10)}
+    assert values(f"[{impossible}, {{lr: 0.005}}]", "lr") == {(1e-3,)}
+    assert values(f"[{impossible}, {{lr: null}}]", "lr") == {(1e-3,)}
+    assert values(f"[{impossible}, {{scores_from_top: 5}}]", "total_scores", "scores_from_top") == {(20, 20), (20, 10)}
+    with pytest.raises(UserError, match="--scores_from_top: got 10, must be at most --total_scores, which is 5"):
+        values("[{lr: 1e-4}]")
 
 
 def test_the_grid_file_of_the_readme(tmp_path):
@@ -265,7 +326,7 @@ def test_the_grid_file_of_the_readme(tmp_path):
 
 
 def test_the_command_line_goes_before_the_file(tmp_path):
-    _, cells = read_command(["--grid", write(tmp_path, EXAMPLE), "rates", "--lr", "1e-3", "--data_dir", "d"])
+    _, cells = read_command(["--grid", write(tmp_path, EXAMPLE), "--only", "rates", "--lr", "1e-3", "--data_dir", "d"])
     assert {(r.config.lr, r.config.num_steps, r.config.data_dir) for r in plan_grid(cells).runs} == {(1e-3, 50, "d"), (1e-3, 100, "d")}
 
 
@@ -283,9 +344,13 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         ("grids: {a: 3}", "a: must hold flags with their values, found '3'"),
         ("grids: {a: {lr: 1}}\nexclude: {lr: 1}", "exclude: must be a list"),
         ("grids: {a: {lr: 1}}\nexclude: [{rate: 1}]", "exclude: unknown flag 'rate'"),
+        ("grids: {a: {lr: 1}, a: {lr: 2}}", "is not YAML ('a' occurs twice"),
+        ("grids: {a: {lr: 1, lr: 2}}", "is not YAML ('lr' occurs twice"),
+        ("grids: {a: {dataset: Demo, datasets: Demo}}", "a: dataset is given twice, also as datasets"),
+        ('grids: {a: {dataset: Demo, embedding_model: "m/x\\0"}}', "must not contain a NUL character"),
         ("grids: {a: {dataset: Demo, lr: -1}}", "grid a: --lr: got '-1'"),
         ("grids: {a: {dataset: Demo, lr: 1}}\nexclude: [{lr: 1}]", "--grid: the exclusions leave no run"),
-        ("grids: {a: {dataset: Demo, lr: 1}}\nexclude: [{lr: fast}]", "--lr: got 'fast'"),
+        ("grids: {a: {dataset: Demo, lr: 1}}\nexclude: [{lr: fast}]", "exclude: --lr: got 'fast'"),
     ],
 )
 def test_a_mistake_in_a_grid_file_is_told_with_its_place(tmp_path, text, message):
@@ -298,7 +363,7 @@ def test_a_mistake_in_a_grid_file_is_told_with_its_place(tmp_path, text, message
 def test_a_grid_file_that_is_not_there_and_a_grid_that_is_not_in_it(tmp_path):
     with pytest.raises(UserError, match=r"--grid: nowhere.yaml cannot be read \(No such file"):
         read_grid_file("nowhere.yaml", [])
-    with pytest.raises(UserError, match="has no grid 'c'; there are a, b"):
+    with pytest.raises(UserError, match=r"--only: .* has no grid 'c'; there are a, b"):
         read_grid_file(write(tmp_path, "grids: {a: {lr: 1}, b: {lr: 1}}"), ["c"])
 
 
@@ -307,9 +372,21 @@ def test_a_grid_file_that_is_not_there_and_a_grid_that_is_not_in_it(tmp_path):
 
 def test_what_is_known_ahead_is_what_loading_finds(shared_datasets, small_folder):
     for name in ("Demo", "Clinc150", "Banking77", "ArgKP21", str(small_folder)):
-        facts, loaded = dataset_facts(name), load_dataset(name, shared_datasets)
+        facts, loaded = dataset_facts(name, shared_datasets), load_dataset(name, shared_datasets)
+        assert facts.identity == dataset_facts(name, "nowhere").identity  # what a download would give
         assert (facts.name, facts.task_type, facts.instruction) == (loaded.name, loaded.task_type, loaded.instruction)
         assert (facts.queries, facts.documents) == (len(loaded.queries), len(loaded.documents))
+
+
+def test_other_files_under_data_dir_are_another_dataset(tmp_path):
+    plain = dataset_facts("Banking77", tmp_path).identity
+    (tmp_path / "banking77").mkdir()
+    (tmp_path / "banking77" / "train.csv").write_text("text,category\nx,y\n")
+    own = dataset_facts("Banking77", tmp_path).identity
+    hub_copy = tmp_path / "hub" / "mteb" / "banking77"
+    hub_copy.mkdir(parents=True)
+    (hub_copy / "x.parquet").write_text("x")
+    assert len({plain, own, dataset_facts("Banking77", tmp_path / "hub").identity}) == 3
 
 
 def test_every_flag_is_declared_once():

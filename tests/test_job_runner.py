@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from errors import FolderBusy, UserError
-from job_runner import Job, JobRunner, SlotFlags, Slots, find_slots, visible_gpus
+from job_runner import Beginning, Entry, Job, JobRunner, SlotFlags, Slots, find_slots, visible_gpus
 
 # A job that writes when it ran and what it saw, as one line of JSON.
 WORK = """
@@ -30,7 +30,8 @@ ONE = Slots(1)
 
 
 def run(tmp_path, jobs, slots=ONE, begin=None, **options):
-    runner = JobRunner(jobs, slots, begin or (lambda job: tmp_path / f"{job.name}.log"), lambda job, _: job.name, **options)
+    begin = begin or (lambda job: Beginning((tmp_path / f"{job.name}.log",)))
+    runner = JobRunner(jobs, slots, begin, lambda job, _: job.name, **options)
     outcomes = {job.name: outcome for job, outcome in runner.run().items()}
     return outcomes, runner
 
@@ -91,8 +92,11 @@ def test_places_follow_from_flags_and_machine(nvidia_smi, monkeypatch):
     assert find_slots(SlotFlags(parallel=2), wants_gpu=False) == Slots(2)
     with pytest.raises(UserError, match="--gpus: got 7, visible are 0, 1, 2"):
         find_slots(SlotFlags(gpus="0,7"))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b")
+    assert find_slots(SlotFlags(gpus="1,1")) == Slots(1, ("1",))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b,GPU-a")
     assert visible_gpus() == ["GPU-a", "GPU-b"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,-1,1")  # CUDA looks no further
+    assert visible_gpus() == ["0"]
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert find_slots(SlotFlags()) == Slots(1)
@@ -102,18 +106,18 @@ def test_places_follow_from_flags_and_machine(nvidia_smi, monkeypatch):
 
 def test_who_profits_from_a_cache_waits_until_it_is_filled(tmp_path):
     """The first of each entry alone among those of its cache; then all together; other caches are no hindrance."""
-    jobs = [job(f"a{i}", seconds=0.3, fills=(("a", i // 2),)) for i in range(4)]
-    jobs += [job("b", seconds=0.3, fills=(("b", 0),)), job("warm", seconds=0.3, fills=(("c", 0),)), job("free", seconds=0.3)]
-    run(tmp_path, jobs, Slots(8), warm=[("c", 0)])
+    jobs = [job(f"a{i}", seconds=0.3, fills=(Entry("a", i // 2),)) for i in range(4)]
+    jobs += [job("b", seconds=0.3, fills=(Entry("b", 0),)), job("free", seconds=0.3)]
+    run(tmp_path, jobs, Slots(8))
     seen = times(tmp_path, jobs)
     assert seen["a0"][1] <= seen["a1"][0] and seen["a0"][1] <= seen["a2"][0]
     assert seen["a2"][1] <= seen["a3"][0]
-    for other in ("b", "warm", "free"):
+    for other in ("b", "free"):
         assert seen[other][0] < seen["a0"][1]
 
 
 def test_a_failed_first_is_no_filled_cache(tmp_path):
-    jobs = [job("a", "raise SystemExit(1)", fills=(("x", 0),)), *(job(f"b{i}", seconds=0.3, fills=(("x", 0),)) for i in (1, 2))]
+    jobs = [job("a", "raise SystemExit(1)", fills=(Entry("x", 0),)), *(job(f"b{i}", seconds=0.3, fills=(Entry("x", 0),)) for i in (1, 2))]
     outcomes, _ = run(tmp_path, jobs, Slots(4))
     seen = times(tmp_path, jobs[1:])
     assert outcomes["a"].state == "failed"
@@ -163,22 +167,56 @@ def test_tries_come_to_an_end(tmp_path):
     assert outcomes["dies"].reason == "killed by signal 9 (Killed)"
 
 
+def test_what_was_tried_counts_when_the_work_is_stopped_before_the_next_try(tmp_path):
+    jobs = [job("dies", "print('first'); raise SystemExit(3)"), job("bad", "raise SystemExit(1)")]
+    outcomes, _ = run(tmp_path, jobs, retries=2, continue_on_error=False)
+    assert (outcomes["dies"].state, outcomes["dies"].tries, outcomes["dies"].reason) == ("failed", 1, "first")
+
+
+def test_the_log_holds_all_tries(tmp_path):
+    run(tmp_path, [job("dies", "print('said', flush=True); raise SystemExit(3)")], retries=1)
+    assert (tmp_path / "dies.log").read_text() == "said\n--- try 2 ---\nsaid\n"
+
+
+def test_a_log_may_be_renamed(tmp_path):
+    code = f"import os; os.rename({str(tmp_path / 'a')!r}, {str(tmp_path / 'b')!r}); print('why'); raise SystemExit(1)"
+    outcomes, _ = run(tmp_path, [job("x", code)], begin=lambda _: Beginning((tmp_path / "a", tmp_path / "b")))
+    assert (outcomes["x"].log, outcomes["x"].reason) == (tmp_path / "b", "why")
+
+
 def test_what_cannot_begin(tmp_path):
     def begin(job):
         if job.name == "done":
             return None
-        if job.name == "busy":
-            raise FolderBusy("another run is writing to x")
         if job.name == "unwritable":
             raise PermissionError(13, "Permission denied", "x")
-        return tmp_path / "nowhere" / "log" if job.name == "no folder" else tmp_path / f"{job.name}.log"
+        return Beginning((tmp_path / "nowhere" / "log" if job.name == "no folder" else tmp_path / f"{job.name}.log",))
 
-    jobs = [job(name) for name in ("done", "busy", "unwritable", "no folder", "good")]
-    jobs.append(Job("no program", ("/no/such/program",)))
+    jobs = [job(name) for name in ("done", "unwritable", "no folder", "good")]
+    jobs += [Job("no program", ("/no/such/program",)), Job("no word", (sys.executable, "a\0b"))]
     outcomes, _ = run(tmp_path, jobs, begin=begin)
     states = [outcome.state for outcome in outcomes.values()]
-    assert states == ["skipped", "busy", "failed", "failed", "completed", "failed"]
+    assert states == ["skipped", "failed", "failed", "completed", "failed", "failed"]
     assert "Permission denied" in outcomes["unwritable"].reason
+
+
+def test_what_another_process_is_at_is_looked_at_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("job_runner.SECONDS_UNTIL_NEXT_LOOK", 0.2)
+    free_again = time.monotonic() + 0.5
+
+    def begin(job):
+        if time.monotonic() < free_again:
+            raise FolderBusy("another run is writing to x")
+        return Beginning((tmp_path / f"{job.name}.log",))
+
+    outcomes, _ = run(tmp_path, [job("busy")], begin=begin)
+    assert (outcomes["busy"].state, outcomes["busy"].tries) == ("completed", 1)
+
+
+def test_what_a_job_leaves_behind_ends_with_it(tmp_path):
+    code = f"import subprocess; p = subprocess.Popen(['sleep', '60']); open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid))"
+    run(tmp_path, [job("parent", code)])
+    wait_until_gone([int((tmp_path / "pid").read_text())], 5)
 
 
 # --- Stopping: in a process of its own, which gets the signals ---
@@ -188,27 +226,27 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from errors import run_command
-from job_runner import Job, JobRunner, Slots
+from job_runner import Beginning, Job, JobRunner, Slots
 folder = Path({folder!r})
 child = "import sys; sys.path.insert(0, {root!r}); from errors import run_command; import pathlib, os, time\\n" \\
     "def main():\\n    pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); {work}\\nrun_command(main)"
 jobs = [Job(n, (sys.executable, "-c", child, str(folder / (n + ".pid")))) for n in ("a", "b", "c")]
 def main():
-    runner = JobRunner(jobs, Slots(2), lambda job: folder / (job.name + ".log"), lambda job, outcome: job.name)
+    runner = JobRunner(jobs, Slots(2), lambda job: Beginning((folder / (job.name + ".log"),)), lambda job, outcome: job.name)
     outcomes = runner.run()
     print([outcome.state for outcome in outcomes.values()], runner.interrupted)
 run_command(main)
 """
 POLITE = "time.sleep(60)"
-DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path(sys.argv[1] + '.deaf').touch(); time.sleep(60)"
+DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path(sys.argv[1] + '.deaf').write_text('1'); time.sleep(60)"
 
 
-def start(tmp_path, work=POLITE, **options):
+def start(tmp_path, work=POLITE, mark="", **options):
     """Start the program; returns it when its first two jobs run, with their process ids."""
     code = PROGRAM.format(root=str(ROOT), folder=str(tmp_path), work=work)
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-    marks = [tmp_path / f"{name}.pid{'.deaf' if work == DEAF else ''}" for name in ("a", "b")]
-    while not all(mark.exists() for mark in marks):
+    marks = [tmp_path / f"{name}.pid{mark}" for name in ("a", "b")]
+    while not all(path.exists() and path.stat().st_size for path in marks):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     time.sleep(0.05)
@@ -237,13 +275,13 @@ def test_asked_to_stop_it_asks_its_jobs_and_sums_up(tmp_path, how):
     process.send_signal(how)
     stdout, stderr = process.communicate(timeout=20)
     assert stdout.strip() == "['interrupted', 'interrupted', 'not started'] True"
-    assert "stopping: waiting for 2 runs; once more kills them" in stderr
+    assert "stopping: waiting for 2 runs; once more kills what is left" in stderr
     assert not any(map(is_alive, pids))
     assert "interrupted: what was finished is kept" in (tmp_path / "a.log").read_text()
 
 
 def test_asked_twice_it_kills_them(tmp_path):
-    process, pids = start(tmp_path, DEAF)
+    process, pids = start(tmp_path, DEAF, ".deaf")
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert all(map(is_alive, pids))
@@ -262,8 +300,17 @@ def test_no_job_survives_a_runner_that_is_killed(tmp_path):
     assert "interrupted: what was finished is kept" in (tmp_path / "a.log").read_text()
 
 
+def test_nor_what_its_jobs_started(tmp_path):
+    work = "import subprocess; p = subprocess.Popen(['sleep', '60']); pathlib.Path(sys.argv[1] + '.deaf').write_text(str(p.pid)); time.sleep(60)"
+    process, pids = start(tmp_path, work, mark=".deaf")
+    pids += [int((tmp_path / f"{name}.pid.deaf").read_text()) for name in ("a", "b")]
+    process.kill()
+    process.communicate()
+    wait_until_gone(pids, 10)
+
+
 def test_nor_does_one_that_does_not_listen(tmp_path, monkeypatch):
-    process, pids = start(tmp_path, DEAF.replace("import signal", "import signal, errors; errors.SECONDS_TO_END = 0.5"))
+    process, pids = start(tmp_path, DEAF.replace("import signal", "import signal, errors; errors.SECONDS_TO_END = 0.5"), ".deaf")
     process.kill()
     process.communicate()
     wait_until_gone(pids, 10)
