@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cache_utils import slug
 from dataset_loaders import check_dataset_name, load_dataset
-from devices import choose_device
+from devices import SlotFlags, Slots, choose_device, find_slots
 from errors import RunError, UserError, run_command
 from experiment_config import (
     ExperimentConfig,
@@ -32,7 +32,7 @@ from experiment_config import (
 )
 from grid_file import PLURALS
 from instruction_templates import fill_templates, read_templates, templates_for
-from job_runner import Beginning, Job, JobRunner, Outcome, SlotFlags, Slots, find_slots, last_line
+from job_runner import Beginning, Job, JobRunner, Outcome, last_line
 from run_log import start_logging
 from run_setup import check_cache, check_embedder, make_embedder
 

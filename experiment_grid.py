@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,14 @@ from typing import Any
 from cache_utils import slug
 from dataset_loaders import DATASETS, dataset_facts
 from errors import UserError
-from experiment_config import LONGEST_NAME, ExperimentConfig, build_config, fields, parse_value
+from experiment_config import LONGEST_NAME, ExperimentConfig, build_config, command_words, fields, parse_value
 from grid_file import Axes, Cells
 from instruction_templates import read_templates
 from rerankers import GoldReranker
 from retrieval_dataset import DatasetFacts
 from run_setup import CHECKED_FLAGS, check_run, is_done, run_hash, run_name, run_sources
 
+SCRIPT = Path(__file__).resolve().parent / "embedding_adaptation.py"
 DEFAULT_MODELS = (
     "Qwen/Qwen3-Embedding-0.6B",
     "Qwen/Qwen3-Embedding-8B",
@@ -69,6 +71,11 @@ class PlannedRun:
     def folder(self) -> Path:
         """Where its results go; no two runs have the same."""
         return Path(self.config.output_dir) / self.name
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The command line that runs it: what was given for the grid, and its name."""
+        return sys.executable, str(SCRIPT), *command_words({**self.given, "experiment_name": self.name})
 
     @property
     def asks_teacher(self) -> bool:

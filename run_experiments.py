@@ -9,19 +9,15 @@ Typing the same command again finishes the grid. Knows no flag of an experiment:
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
 import os
-import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_utils import write_atomically
+from devices import SlotFlags, Slots, find_slots
 from errors import FolderBusy, RunError, UserError, run_command
 from experiment_config import (
     NOT_EMPTY,
@@ -29,20 +25,18 @@ from experiment_config import (
     OneLineParser,
     Rule,
     add_flags,
-    command_words,
     fields,
     flag,
     folder_name,
     parse_values,
     parse_words,
 )
-from experiment_grid import DEFAULT_AXES, Grid, PlannedRun, check_configs, find_completed, in_order, plan_grid
+from experiment_grid import DEFAULT_AXES, PlannedRun, check_configs, find_completed, in_order, plan_grid
 from grid_file import PLURALS, Cells, read_grid_file
-from job_runner import Beginning, Entry, Job, JobRunner, Outcome, SlotFlags, Slots, counted, find_slots
-from results import LOG, TABLE_METRICS, VARIANTS, RunFolder, aligned, read_json
+from grid_summary import figures_of, keep_summary, print_summary, summary_path
+from job_runner import Beginning, Entry, Job, JobRunner, Outcome, counted
+from results import LOG, RunFolder
 from run_setup import is_done
-
-SCRIPT = Path(__file__).resolve().parent / "embedding_adaptation.py"
 
 
 @dataclass(frozen=True)
@@ -71,6 +65,8 @@ def main() -> None:
     to_do = [run for run in grid.runs if run.folder not in completed]
     problems = check_grid(to_do, flags)
     if flags.dry_run:
+        from grid_preview import show
+
         show(grid, completed, problems)
         return
     if problems:
@@ -80,7 +76,7 @@ def main() -> None:
     outcomes, interrupted = run_grid(to_do, len(completed), flags)
     outcomes |= {folder: Outcome("skipped") for folder in completed}
     print_summary(grid, outcomes, completed)
-    keep_summary(summary_path(grid, flags, started), grid, outcomes, completed)
+    keep_summary(summary_path(grid, flags.experiment_prefix, started), grid, outcomes, completed)
     if interrupted:
         raise KeyboardInterrupt
     if failed := sum(outcome.state == "failed" for outcome in outcomes.values()):
@@ -145,55 +141,6 @@ def check_grid(to_do: Sequence[PlannedRun], flags: GridFlags) -> list[str]:
     return problems
 
 
-def command_of(run: PlannedRun) -> tuple[str, ...]:
-    """The command line of one run: what was given for the grid, and the run's name."""
-    return sys.executable, str(SCRIPT), *command_words({**run.given, "experiment_name": run.name})
-
-
-def show(grid: Grid, completed: Mapping[Path, Path], problems: Sequence[str]) -> None:
-    """Print what would be done."""
-    from grid_costs import count_costs
-
-    to_do = [run for run in grid.runs if run.folder not in completed]
-    lines = [["run", *grid.varying, "state"]]
-    for run in grid.runs:
-        folder = completed.get(run.folder)
-        state = "to do" if folder is None else "done" if folder == run.folder else f"done: {folder}"
-        lines.append([run.name, *map(run.shown, grid.varying), state])
-    print(aligned(lines, left=len(lines[0])))
-    if to_do:
-        print("\ncommands:")
-    for run in in_order(to_do):
-        print(shlex.join(command_of(run)))
-
-    lines = [["dataset", "runs", "to do", "queries", "documents"]]
-    for facts in {run.dataset.identity: run.dataset for run in grid.runs}.values():
-        own = [run for run in grid.runs if run.dataset.identity == facts.identity]
-        counts = len(own), sum(run.folder not in completed for run in own), facts.queries, facts.documents
-        lines.append([facts.name, *(f"{count:,}" for count in counts)])
-    print("\n" + aligned(lines, left=1))
-
-    costs = count_costs(to_do)
-    lines = [["asked for", "dataset", "model", "at most", "cached", "not known"]]
-    for cost in costs:
-        cached = "?" if cost.unknown and not cost.cached else f"{cost.cached:,}"
-        unknown = ", ".join(cost.unknown) or "-"
-        lines.append([cost.what, cost.dataset, cost.model, f"{cost.at_most:,}", cached, unknown])
-    if costs:
-        print("\n" + aligned(lines, left=3))
-    queries = sum(run.dataset.queries for run in to_do)
-    runs = counted(len(grid.runs), "run")
-    print(f"\n{runs}: {len(completed)} done, {len(to_do)} to do with {queries:,} queries")
-    for what in dict.fromkeys(cost.what for cost in costs):
-        own = [cost for cost in costs if cost.what == what]
-        known = "at least " if any(cost.unknown for cost in own) else ""
-        print(f"{what}: {sum(c.at_most for c in own):,} at most, {known}{sum(c.cached for c in own):,} of them cached")
-    for note in grid.notes:
-        print(f"note: {note}")
-    for problem in problems:
-        print(f"before these runs can start: {problem}", file=sys.stderr)
-
-
 # --- Running ---------------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +155,7 @@ def run_grid(
     slots = find_slots(flags, wants_gpu=any(map(uses_gpu, to_do)))
     if slots.gpus and (named := [run for run in to_do if run.config.device.startswith("cuda:")]):
         raise UserError(f"--device: got {named[0].config.device}; each run sees one GPU, choose among them with --gpus")
-    runs = {Job(run.name, command_of(run), uses_gpu(run), fills(run, slots)): run for run in in_order(to_do)}
+    runs = {Job(run.name, run.command, uses_gpu(run), fills(run, slots)): run for run in in_order(to_do)}
 
     def begin(job: Job) -> Beginning | None:
         run = runs[job]
@@ -222,6 +169,8 @@ def run_grid(
     def describe(job: Job, outcome: Outcome) -> str:
         if outcome.state in ("completed", "skipped"):
             return f"{job.name}  {figures_of(runs[job].folder)}  {outcome.seconds:.1f} s"
+        if outcome.state == "busy":
+            return f"{job.name}  for another process that is at it"
         return f"{job.name}  {outcome.reason}" + (f"  (log: {outcome.log})" if outcome.log else "")
 
     runner = JobRunner(
@@ -247,125 +196,6 @@ def fills(run: PlannedRun, slots: Slots) -> tuple[Entry, ...]:
     shared = slots.gpus and uses_gpu(run)
     caches = {kind: entry for kind, entry in run.caches.items() if not (shared and kind == "vectors")}
     return tuple(Entry((kind, cache), part) for kind, (cache, part) in caches.items())
-
-
-def means_of(folder: Path, metric: str = "map") -> dict[str, float]:
-    """One metric of each variant of a run."""
-    means = read_json(folder / "summary.json").get("means", {})
-    return {variant: own[metric] for variant, own in means.items() if isinstance(own.get(metric), float | int)}
-
-
-def figures_of(folder: Path) -> str:
-    """A run's figures in a few words."""
-    maps = {variant: f"{value:.4f}" for variant, value in means_of(folder).items()}
-    parts = []
-    for before, after, name in (
-        ("embeddings", "optimized_embeddings", "map"),
-        ("hyde", "optimized_hyde_embeddings", "HyDE"),
-    ):
-        if figures := [maps[variant] for variant in (before, after) if variant in maps]:
-            parts.append(f"{name} {' → '.join(figures)}")
-    return ", ".join(parts)
-
-
-# --- After the last run ----------------------------------------------------------------------------------------------
-
-
-def summary_path(grid: Grid, flags: GridFlags, started: float) -> Path:
-    """Where the summary is kept; one without a prefix never replaces another."""
-    output_dir = Path(grid.runs[0].config.output_dir)
-    if flags.experiment_prefix:
-        return output_dir / f"{flags.experiment_prefix}_grid.csv"
-    name = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
-    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    return next(path for end in endings if not (path := output_dir / f"{name}{end}_grid.csv").exists())
-
-
-def keep_summary(
-    path: Path, grid: Grid, outcomes: Mapping[Path, Outcome], completed: Mapping[Path, Path]
-) -> None:
-    """Write what became of each run; rows that another grid with the same prefix left there stay."""
-    rows = {}
-    try:
-        if path.exists():
-            with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-                rows = {row.get("folder", ""): row for row in csv.DictReader(file)}
-        for run in grid.runs:
-            row = summary_row(run, outcomes[run.folder], completed.get(run.folder, run.folder), grid.varying)
-            rows.pop(str(run.folder), None)
-            rows[row["folder"]] = row
-        text = io.StringIO()
-        writer = csv.DictWriter(text, dict.fromkeys(name for row in rows.values() for name in row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows.values())
-        content = text.getvalue().encode("utf-8", "surrogateescape")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write(content))
-    except (OSError, csv.Error, ValueError) as error:
-        print(f"warning: {path} cannot be written ({getattr(error, 'strerror', None) or error})", file=sys.stderr)
-    else:
-        print(f"\nsummary: {path}", flush=True)
-
-
-def summary_row(run: PlannedRun, outcome: Outcome, folder: Path, varying: Sequence[str]) -> dict[str, Any]:
-    """A line of the summary: what the run is, what became of it, its figures, the command to repeat it."""
-    row: dict[str, Any] = {"run": run.name, "state": outcome.state, "dataset": run.dataset.name}
-    row |= {"embedding_model": run.config.embedding_model} | {name: run.shown(name) for name in varying}
-    done = outcome.state in ("completed", "skipped")
-    summary = read_json(folder / "summary.json") if done else {}
-    for metric in TABLE_METRICS:
-        means = means_of(folder, metric) if done else {}
-        row |= {f"{metric}_{name}": f"{means[name]:.6f}" if name in means else "" for name in VARIANTS}
-    usage = summary.get("language_models", {}).values()
-    row["calls"] = sum(own.get("calls", 0) for own in usage) if done else ""
-    row["cost"] = "" if summary.get("cost") is None else summary["cost"]
-    row["seconds"] = f"{outcome.seconds:.2f}" if outcome.tries else summary.get("seconds", {}).get("total", "")
-    row |= {"tries": outcome.tries, "gpu": outcome.gpu or "", "reason": outcome.reason, "folder": str(folder)}
-    row |= {"log": folder / LOG if done else outcome.log or "", "hash": run.digest}
-    return row | {"command": shlex.join(command_of(run))}
-
-
-def print_summary(grid: Grid, outcomes: Mapping[Path, Outcome], completed: Mapping[Path, Path]) -> None:
-    """Print the figures of the runs that are done, and what became of the others; failures last."""
-    states: dict[str, list[PlannedRun]] = {}
-    for run in grid.runs:
-        states.setdefault(outcomes[run.folder].state, []).append(run)
-    done = [run for run in grid.runs if outcomes[run.folder].state in ("completed", "skipped")]
-    if done:
-        print("\n" + figures_table(grid, done, completed))
-    for state, heading in (
-        ("skipped", "skipped, as they were done"),
-        ("busy", "another process is at them"),
-        ("not started", "not started"),
-        ("interrupted", "interrupted"),
-    ):
-        if runs := states.get(state):
-            print(f"\n{heading} ({len(runs)}):")
-            for run in runs:
-                print(f"  {completed.get(run.folder, run.folder)}")
-    if failed := states.get("failed", []):
-        print(f"\nfailed ({len(failed)}):")
-    for run in failed:
-        outcome = outcomes[run.folder]
-        log = f"    log: {outcome.log}\n" if outcome.log else ""
-        print(f"  {run.folder}\n    {outcome.reason}\n{log}    repeat: {shlex.join(command_of(run))}")
-
-
-def figures_table(grid: Grid, runs: Iterable[PlannedRun], completed: Mapping[Path, Path]) -> str:
-    """Mean average precision of the variants, a line a run."""
-    maps = {run.folder: means_of(completed.get(run.folder, run.folder)) for run in runs}
-    others = [variant for variant in VARIANTS if variant != "embeddings" and any(variant in m for m in maps.values())]
-    header = ["dataset", "embedding model", *grid.varying, "map"]
-    lines = [header + [word for variant in others for word in (VARIANTS[variant], "change")]]
-    for run in runs:
-        own = maps[run.folder]
-        line = [run.dataset.name, run.config.embedding_model, *map(run.shown, grid.varying)]
-        line.append(f"{own['embeddings']:.4f}" if "embeddings" in own else "-")
-        for variant in others:
-            both = variant in own and "embeddings" in own
-            line += [f"{own[variant]:.4f}", f"{own[variant] - own['embeddings']:+.4f}"] if both else ["-", "-"]
-        lines.append(line)
-    return aligned(lines, left=2)
 
 
 if __name__ == "__main__":

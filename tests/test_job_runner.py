@@ -10,8 +10,9 @@ import time
 import pytest
 from conftest import ROOT
 
+from devices import SlotFlags, Slots, find_slots, visible_gpus
 from errors import FolderBusy, UserError
-from job_runner import Beginning, Entry, Job, JobRunner, SlotFlags, Slots, find_slots, visible_gpus
+from job_runner import Beginning, Entry, Job, JobRunner
 
 # A job that writes when it ran and what it saw, as one line of JSON.
 WORK = """
@@ -226,7 +227,8 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from errors import run_command
-from job_runner import Beginning, Job, JobRunner, Slots
+from devices import Slots
+from job_runner import Beginning, Job, JobRunner
 folder = Path({folder!r})
 child = "import sys; sys.path.insert(0, {root!r}); from errors import run_command; import pathlib, os, time\\n" \\
     "def main():\\n    pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); {work}\\nrun_command(main)"

@@ -165,6 +165,18 @@ def test_a_wrong_model_among_five(small_folder, tiny_models, tmp_path):
     assert (again.returncode, again.stderr.splitlines()[-1]) == (2, f"error: {failed['reason']}")
 
 
+def test_runs_of_different_models_pay_once_for_the_same_answers(small_folder, tiny_models, tmp_path, endpoint):
+    """All documents are scored here, so that two embedding models ask for the very same scores and passages."""
+    served = endpoint("--latency", 0.05)
+    grid = ["--datasets", small_folder, "--embedding_models", tiny_models["bert"], tiny_models["qwen3"], "--total_scores=60"]
+    grid += ["--reranker_model", MODEL, "--hyde_model", MODEL, "--output_dir=output", "--cache_dir=cache", "--parallel=2"]
+    run_script(GRID, *grid, cwd=tmp_path, env=served.environment())
+    stats = served.stats()
+    assert stats["successes"] == stats["distinct"] == 6 * 60 + 6
+    rows = summary_of(tmp_path / "output").values()
+    assert sorted(int(row["calls"]) for row in rows) == [0, 6 * 60 + 6]
+
+
 # --- Stopped in the middle ---
 
 

@@ -490,7 +490,7 @@ def test_two_runs_do_not_write_to_one_folder(small_folder, tiny_models, tmp_path
     held = os.open(tmp_path / "output" / "run" / ".lock", os.O_RDWR)
     fcntl.flock(held, fcntl.LOCK_EX)
     done = run_script(RUN, *flags, check=False)
-    assert done.returncode == 2
+    assert done.returncode == 4
     assert "another run is writing to" in done.stderr.splitlines()[-1]
     assert result_files(tmp_path / "output" / "run") == before
     os.close(held)

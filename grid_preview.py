@@ -1,4 +1,4 @@
-"""What runs are going to ask, counted before they start: scores of teachers, passages of HyDE. Asks and writes nothing.
+"""A preview of a grid: its runs, their commands, what they are going to ask. Asks and writes nothing.
 
 Without a model it is known which ranks the teacher gets to see, not which documents are on them: so a count is the
 most there can be. Where a dataset's vectors are in the cache, the documents are known too, and with them what is
@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,17 +25,70 @@ from dataset_loaders import is_at_hand, load_dataset
 from embedding_adaptation import REFINED_FROM, hyde_vectors, ranks_for_teacher
 from errors import UserError
 from experiment_config import ExperimentConfig
-from experiment_grid import PlannedRun
+from experiment_grid import Grid, PlannedRun, in_order
 from hyde import HydeWriter, find_hyde_writer
 from instruction_templates import fill_templates, read_templates, templates_for
+from job_runner import counted
 from ranking import sample_documents, unit_length
 from rerankers import Reranker, find_reranker
+from results import aligned
 from retrieval_dataset import RetrievalDataset
 from run_setup import Run, make_embedder
 
 MOST_DOCUMENTS = 200_000  # of a dataset that is looked at
 MOST_SAMPLES = 100  # different ones of a dataset and model
 MOST_PRODUCTS = 3e10  # multiplications to rank documents with in one preview, about a second
+
+
+def show(grid: Grid, completed: Mapping[Path, Path], problems: Sequence[str]) -> None:
+    """Print what would be done.
+
+    Args:
+        grid: its runs.
+        completed: the folders of those that are done, from :func:`experiment_grid.find_completed`.
+        problems: what would keep runs from starting.
+    """
+    to_do = [run for run in grid.runs if run.folder not in completed]
+    lines = [["run", *grid.varying, "state"]]
+    for run in grid.runs:
+        folder = completed.get(run.folder)
+        state = "to do" if folder is None else "done" if folder == run.folder else f"done: {folder}"
+        lines.append([run.name, *map(run.shown, grid.varying), state])
+    print(aligned(lines, left=len(lines[0])))
+    if to_do:
+        print("\ncommands:")
+    for run in in_order(to_do):
+        print(shlex.join(run.command))
+
+    lines = [["dataset", "runs", "to do", "queries", "documents"]]
+    for facts in {run.dataset.identity: run.dataset for run in grid.runs}.values():
+        own = [run for run in grid.runs if run.dataset.identity == facts.identity]
+        counts = len(own), sum(run.folder not in completed for run in own), facts.queries, facts.documents
+        lines.append([facts.name, *(f"{count:,}" for count in counts)])
+    print("\n" + aligned(lines, left=1))
+
+    costs = count_costs(to_do)
+    lines = [["asked for", "dataset", "model", "at most", "cached", "not known"]]
+    for cost in costs:
+        cached = "?" if cost.unknown and not cost.cached else f"{cost.cached:,}"
+        unknown = ", ".join(cost.unknown) or "-"
+        lines.append([cost.what, cost.dataset, cost.model, f"{cost.at_most:,}", cached, unknown])
+    if costs:
+        print("\n" + aligned(lines, left=3))
+    queries = sum(run.dataset.queries for run in to_do)
+    runs = counted(len(grid.runs), "run")
+    print(f"\n{runs}: {len(completed)} done, {len(to_do)} to do with {queries:,} queries")
+    for what in dict.fromkeys(cost.what for cost in costs):
+        own = [cost for cost in costs if cost.what == what]
+        known = "at least " if any(cost.unknown for cost in own) else ""
+        print(f"{what}: {sum(c.at_most for c in own):,} at most, {known}{sum(c.cached for c in own):,} of them cached")
+    for note in grid.notes:
+        print(f"note: {note}")
+    for problem in problems:
+        print(f"before these runs can start: {problem}", file=sys.stderr)
+
+
+# --- What will be asked ----------------------------------------------------------------------------------------------
 
 
 @dataclass
