@@ -13,7 +13,7 @@ from errors import UserError
 from experiment_config import ExperimentConfig, fields, folder_name, parse_arguments
 from experiment_grid import find_completed, in_order, plan_grid
 from grid_file import Cells, read_grid_file
-from run_experiments import command_of, read_command
+from run_experiments import read_command
 
 GRID = "run_experiments.py"
 BASE = {"dataset": ["Demo"], "embedding_model": ["some/model"], "optimize_with_gold": ["True"]}
@@ -209,7 +209,7 @@ def test_every_value_arrives_in_the_runs_command():
         plan(refit=["True", "False"], dataset=["Demo"], output_dir=["-odd"]),
     ):
         for run in grid.runs:
-            again = parse_arguments("", command_of(run)[2:])
+            again = parse_arguments("", run.command[2:])
             assert again == dataclasses.replace(run.config, experiment_name=run.name)
 
 
