@@ -228,7 +228,6 @@ class JobRunner:
                 beginning.end()
             self._note(job, Outcome("failed", reason=str(error), log=beginning and beginning.log))
         else:
-            self._look_again.pop(job, None)
             self._tries[job] += 1
             self._running[job] = _Running(process, beginning, gpu)
             threading.Thread(target=lambda: self._events.put((job, _status_of(process))), daemon=True).start()
@@ -243,9 +242,13 @@ class JobRunner:
             if "CUDA_VISIBLE_DEVICES" not in environment:  # then the names are numbers as nvidia-smi counts
                 environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
             environment["CUDA_VISIBLE_DEVICES"] = gpu if job.uses_gpu else ""
-        tries = self._tries[job]
-        beginning.log.write_bytes(beginning.log.read_bytes() + f"--- try {tries + 1} ---\n".encode() if tries else b"")
-        with open(beginning.log, "ab") as output:
+        log = beginning.log
+        if not (tries := self._tries[job]):
+            log.write_bytes(b"")
+        with open(log, "ab") as output:
+            if tries:
+                output.write(f"--- try {tries + 1} ---\n".encode())
+                output.flush()
             return subprocess.Popen(
                 job.command,
                 stdin=subprocess.DEVNULL,
@@ -291,6 +294,7 @@ class JobRunner:
 
     def _note(self, job: Job, outcome: Outcome) -> None:
         self.outcomes[job] = outcome
+        self._look_again.pop(job, None)
         if outcome.state in ("completed", "skipped"):
             self._filled.update(job.fills)
         self._stopping |= outcome.state == "failed" and not self.continue_on_error
