@@ -54,6 +54,9 @@ NOT_EMPTY = Rule(lambda value: bool(value and value.strip()), "a name, not an em
 NOT_EMPTY_IF_SET = Rule(lambda value: value is None or bool(value.strip()), "a name, not an empty text")
 SHARE = Rule(lambda value: 0 <= value <= 1, "a share from 0 to 1, such as 0.05")
 LONGEST_NAME = 240  # bytes; a file name may have 255
+DEVICE = Rule(
+    lambda value: bool(re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", value)), "auto, cpu, mps, cuda or cuda:N"
+)
 
 
 def folder_name(longest: int = LONGEST_NAME) -> Rule:
@@ -64,13 +67,6 @@ def folder_name(longest: int = LONGEST_NAME) -> Rule:
         and len(value.encode()) <= longest,
         f"the name of one folder (letters, digits and . _ - + = , @; at most {longest} bytes)",
     )
-
-
-
-
-DEVICE = Rule(
-    lambda value: bool(re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]+)?", value)), "auto, cpu, mps, cuda or cuda:N"
-)
 
 
 def one_of(*names: str) -> Rule:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,8 @@ def read_grid_file(path: str, names: Sequence[str]) -> list[Cells]:
     if unknown := [section for section in content if section not in SECTIONS]:
         raise UserError(f"{where} has an unknown section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
     grids, problems = content["grids"], []
+    if odd := [name for name in grids if not re.fullmatch(r"[^\s,]+", name)]:
+        raise UserError(f"{where}: {odd[0]!r} is no name of a grid, which is one word without commas")
     if unknown := [name for name in names if name not in grids]:
         raise UserError(f"--only: {path} has no grid {unknown[0]!r}; there are {', '.join(grids)}")
     shared = _read_axes(content.get("shared") or {}, f"{where}, shared", problems)

@@ -9,12 +9,14 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from cache_utils import write_atomically
 from experiment_grid import Grid, PlannedRun
 from job_runner import Outcome
+from llm_client import Usage
 from results import LOG, TABLE_METRICS, VARIANTS, aligned, read_json
 
 
@@ -42,49 +44,79 @@ def summary_path(grid: Grid, prefix: str | None, started: float) -> Path:
     output_dir = Path(grid.runs[0].config.output_dir)
     if prefix:
         return output_dir / f"{prefix}_grid.csv"
-    name = time.strftime("%Y%m%d-%H%M%S", time.localtime(started))
-    endings = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    return next(path for end in endings if not (path := output_dir / f"{name}{end}_grid.csv").exists())
+    return _free_path(output_dir / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}_grid.csv")
 
 
 def keep_summary(
     path: Path, grid: Grid, outcomes: Mapping[Path, Outcome], completed: Mapping[Path, Path]
-) -> None:
-    """Write what became of each run; rows that another grid with the same prefix left there stay."""
-    rows = {}
+) -> Path | None:
+    """Write what became of each run; rows that another grid with the same prefix left there stay.
+
+    Returns:
+        where it is, or None where it cannot be written, which is said.
+    """
     try:
-        if path.exists():
-            with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-                rows = {row.get("folder", ""): row for row in csv.DictReader(file)}
-        for run in grid.runs:
-            row = summary_row(run, outcomes[run.folder], completed.get(run.folder, run.folder), grid.varying)
-            rows.pop(str(run.folder), None)
-            rows[row["folder"]] = row
+        rows = _earlier_rows(path)
+        if rows is None:  # somebody else's file
+            path = _free_path(path)
+        new = [summary_row(run, outcomes[run.folder], completed.get(run.folder, run.folder), grid) for run in grid.runs]
+        kept = [row for row in rows or [] if not _is_outdated(row, new)]
         text = io.StringIO()
-        writer = csv.DictWriter(text, dict.fromkeys(name for row in rows.values() for name in row), lineterminator="\n")
+        names = dict.fromkeys(name for row in (*new, *kept) for name in row)
+        writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows.values())
+        writer.writerows([*kept, *new])
         content = text.getvalue().encode("utf-8", "surrogateescape")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(content))
-    except (OSError, csv.Error, ValueError) as error:
-        print(f"warning: {path} cannot be written ({getattr(error, 'strerror', None) or error})", file=sys.stderr)
-    else:
-        print(f"\nsummary: {path}", flush=True)
+    except OSError as error:
+        print(f"warning: {path} cannot be written ({error.strerror})", file=sys.stderr)
+        return None
+    return path
 
 
-def summary_row(run: PlannedRun, outcome: Outcome, folder: Path, varying: Sequence[str]) -> dict[str, Any]:
+def _earlier_rows(path: Path) -> list[dict[str, str]] | None:
+    """The rows of a summary; none where there is no file, None where it is no summary."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        try:
+            rows = list(csv.DictReader(file, restkey="", restval=""))
+        except csv.Error:
+            return None
+    return rows if all({"run", "folder", "hash"} <= row.keys() and "" not in row for row in rows) else None
+
+
+def _is_outdated(row: Mapping[str, str], new: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether new rows replace one: that of the same folder, or one not done by one that is, wherever it was done."""
+    folder = Path(row["folder"]).resolve()
+    return any(
+        Path(other["folder"]).resolve() == folder
+        or (other["hash"] == row["hash"] and other["map_embeddings"] and not row.get("map_embeddings"))
+        for other in new
+    )
+
+
+def _free_path(path: Path) -> Path:
+    """The path, or the first like it with a number that nothing has."""
+    named = (path.with_name(path.name.replace("_grid.csv", f"-{number}_grid.csv")) for number in itertools.count(2))
+    return next(other for other in itertools.chain([path], named) if not other.exists())
+
+
+def summary_row(run: PlannedRun, outcome: Outcome, folder: Path, grid: Grid) -> dict[str, Any]:
     """A line of the summary: what the run is, what became of it, its figures, the command to repeat it."""
     row: dict[str, Any] = {"run": run.name, "state": outcome.state, "dataset": run.dataset.name}
-    row |= {"embedding_model": run.config.embedding_model} | {name: run.shown(name) for name in varying}
+    row |= {"embedding_model": run.config.embedding_model} | {name: run.shown(name) for name in grid.varying}
     done = outcome.state in ("completed", "skipped")
     summary = read_json(folder / "summary.json") if done else {}
     for metric in TABLE_METRICS:
         means = means_of(folder, metric) if done else {}
         row |= {f"{metric}_{name}": f"{means[name]:.6f}" if name in means else "" for name in VARIANTS}
-    usage = summary.get("language_models", {}).values()
-    row["calls"] = sum(own.get("calls", 0) for own in usage) if done else ""
-    row["cost"] = "" if summary.get("cost") is None else summary["cost"]
+    counts = summary.get("language_models", {}).values()
+    usages = [Usage(**{field.name: own[field.name] for field in fields(Usage)}) for own in counts]
+    row["calls"] = sum(usage.calls for usage in usages) if done else ""
+    costs = [usage.as_dict(run.config.prices).get("cost") for usage in usages]
+    row["cost"] = round(sum(costs), 6) if costs and None not in costs else ""
     row["seconds"] = f"{outcome.seconds:.2f}" if outcome.tries else summary.get("seconds", {}).get("total", "")
     row |= {"tries": outcome.tries, "gpu": outcome.gpu or "", "reason": outcome.reason, "folder": str(folder)}
     row |= {"log": folder / LOG if done else outcome.log or "", "hash": run.digest}

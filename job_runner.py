@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -28,7 +28,8 @@ from errors import INTERRUPTED_STATUS, LIFELINE, FolderBusy, OutOfMemory, UserEr
 
 LOG_TAIL_BYTES = 1 << 14
 LONGEST_LINE = 500
-SECONDS_UNTIL_NEXT_LOOK = 2.0
+SECONDS_BETWEEN_LOOKS, SECONDS_UNTIL_NEXT_TRY_OF_BUSY = 0.5, 2.0
+SECONDS_OF_ONE_REQUEST = 1.0
 BAR = "{desc}: {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -75,8 +76,8 @@ class Beginning:
     end: Callable[[], None] = lambda: None
 
     @property
-    def log(self) -> Path:
-        """Where the output is now."""
+    def log_at_the_end(self) -> Path:
+        """Where the output is when the job has ended."""
         return next((path for path in self.logs if path.exists()), self.logs[0])
 
 
@@ -88,7 +89,7 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-        state: "skipped": there was nothing to do any more; "busy": another process was at it when the work was stopped.
+        state: "skipped": there was nothing to do any more; "busy": another process is at it.
         seconds: of its last try.
         reason: the last line of its log, where it failed.
         log: where its output went.
@@ -154,7 +155,8 @@ class JobRunner:
         self._running: dict[Job, _Running] = {}
         self._tries: dict[Job, int] = dict.fromkeys(jobs, 0)
         self._filled: set[Entry] = set()
-        self._events: queue.SimpleQueue[tuple[Job, int] | None] = queue.SimpleQueue()
+        self._stopped_at = 0.0
+        self._events: queue.SimpleQueue[tuple[Job, int] | signal.Signals] = queue.SimpleQueue()
 
     def run(self) -> dict[Job, Outcome]:
         """Run all; returns each job's outcome, in the order in which the jobs were given."""
@@ -175,12 +177,13 @@ class JobRunner:
             if not self._running and (self._stopping or not self._pending):
                 return
             try:
-                # Without a bar and without anything to look at again, until something happens.
-                event = self._events.get(timeout=None if self._bar.disable and not self._look_again else 1.0)
+                event = self._events.get(timeout=SECONDS_BETWEEN_LOOKS)
             except queue.Empty:
-                continue  # the bar shows the time, and busy jobs are looked at again
-            if event is None:
-                self._stop()
+                # The bar shows the time, busy jobs are looked at again; and a signal that came to another thread is
+                # noticed here, as it does not wake this one.
+                continue
+            if isinstance(event, signal.Signals):
+                self._stop(event)
             else:
                 self._end(*event)
 
@@ -226,7 +229,7 @@ class JobRunner:
         except (UserError, OSError, ValueError) as error:
             if beginning:
                 beginning.end()
-            self._note(job, Outcome("failed", reason=str(error), log=beginning and beginning.log))
+            self._note(job, Outcome("failed", reason=str(error), log=beginning and beginning.log_at_the_end))
         else:
             self._tries[job] += 1
             self._running[job] = _Running(process, beginning, gpu)
@@ -242,7 +245,7 @@ class JobRunner:
             if "CUDA_VISIBLE_DEVICES" not in environment:  # then the names are numbers as nvidia-smi counts
                 environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
             environment["CUDA_VISIBLE_DEVICES"] = gpu if job.uses_gpu else ""
-        log = beginning.log
+        log = beginning.logs[0]
         if not (tries := self._tries[job]):
             log.write_bytes(b"")
         with open(log, "ab") as output:
@@ -264,11 +267,12 @@ class JobRunner:
     def _end(self, job: Job, status: int) -> None:
         running, tries = self._running.pop(job), self._tries[job]
         running.beginning.end()
-        log = running.beginning.log
+        log = running.beginning.log_at_the_end
         outcome = Outcome(
             self._state_of(status), time.monotonic() - running.started, _reason(log, status), log, running.gpu, tries
         )
         if status == FolderBusy.exit_status and not self._stopping:
+            self._tries[job] -= 1
             self._wait_for(job, outcome)
         elif _is_death(status) and not self._stopping and tries <= self.retries:
             self._pending.append(job)  # behind the others: memory may be free then
@@ -289,7 +293,7 @@ class JobRunner:
         if job not in self._look_again:
             self.say(f"{'waiting':<11} {self.describe(job, outcome)}")
         self.outcomes[job] = outcome
-        self._look_again[job] = time.monotonic() + SECONDS_UNTIL_NEXT_LOOK
+        self._look_again[job] = time.monotonic() + SECONDS_UNTIL_NEXT_TRY_OF_BUSY
         self._pending.append(job)
 
     def _note(self, job: Job, outcome: Outcome) -> None:
@@ -311,25 +315,35 @@ class JobRunner:
         numbers = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
             numbers.append(signal.SIGHUP)
-        earlier = {number: signal.signal(number, lambda *_: self._events.put(None)) for number in numbers}
+
+        def note(number: int, _: Any) -> None:
+            self._events.put(signal.Signals(number))
+
+        earlier = {number: signal.signal(number, note) for number in numbers}
         try:
             yield
         finally:
             for number, handler in earlier.items():
                 signal.signal(number, handler)
 
-    def _stop(self) -> None:
-        """The first time: ask all to stop; the second time: kill them."""
-        again, self.interrupted, self._stopping = self.interrupted, True, True
+    def _stop(self, asked_by: signal.Signals) -> None:
+        """The first time: ask all to stop; the second time: kill them.
+
+        Some send one request twice (``timeout``, a terminal that is closed): that is no second time.
+        """
+        again = self.interrupted
+        if again and (asked_by == signal.SIGHUP or time.monotonic() - self._stopped_at < SECONDS_OF_ONE_REQUEST):
+            return
+        self.interrupted, self._stopping, self._stopped_at = True, True, time.monotonic()
         what = "killing" if again else "stopping: waiting for"
         number = counted(len(self._running), self.unit)
         self.say(f"{what} {number}{'' if again else '; once more kills what is left'}")
         for running in self._running.values():
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 if again:
                     os.killpg(running.process.pid, signal.SIGKILL)
-                else:
-                    running.process.send_signal(signal.SIGTERM)
+                else:  # not by way of Popen, which would take the end of the process from the thread that waits for it
+                    os.kill(running.process.pid, signal.SIGTERM)
 
     # --- Showing ---
 
@@ -352,8 +366,8 @@ def counted(number: int, what: str) -> str:
 def _status_of(process: subprocess.Popen[bytes]) -> int:
     """Wait for a process to end; what it started and left behind ends with it."""
     if hasattr(os, "waitid"):
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its number is not given away yet
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with contextlib.suppress(ChildProcessError, ProcessLookupError, PermissionError):
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its number is not given away yet
             os.killpg(process.pid, signal.SIGKILL)
     return process.wait()
 

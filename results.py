@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import platform
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache_utils import write_atomically
-from errors import FolderBusy, UserError, check_writable
+from errors import FolderBusy, UserError, check_writable, is_folder
 from retrieval_dataset import RetrievalDataset
 
 logger = logging.getLogger(__name__)
 LOCK, LOG, RERUN_LOG = ".lock", "run.log", "rerun.log"
 INHERITED_LOCK = "RUN_FOLDER_LOCK_FILE"  # environment variable: the open lock that a batch runner hands to this process
 LOGS = (LOG, RERUN_LOG)
+LOCK_TRIES, LOCK_SECONDS = 4, 0.05
 TABLE_METRICS = ("map", "roc_auc", "ndcg_at_10", "mrr", "precision_at_10", "recall_at_50")
 # The variants of a query, as files are named after them and as people read them.
 VARIANTS = {
@@ -85,6 +87,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def variant_files(variant: str) -> tuple[str, str, str]:
+    """The files of a variant in a run's folder: metrics, raw scores, tensors."""
+    return f"{variant}_results.csv", f"{variant}_raw_scores.parquet", f"tensors/{variant}.safetensors"
+
+
 class RunFolder:
     """``output_dir/experiment_name``: made when the run starts, marked completed when it ends.
 
@@ -100,6 +107,7 @@ class RunFolder:
         self.settings: dict[str, Any] = {}
         self._earlier_run_completed = False
         self._lock: int | None = None
+        self._inherited_lock = _inherited_lock()
 
     def check(self) -> None:
         """Say before any work, without making anything, that the run could not write here.
@@ -107,12 +115,20 @@ class RunFolder:
         Raises:
             UserError: the folder cannot be written, holds something else than a run, or another run is at work in it.
         """
+        self.check_content()
+        if (self.folder / LOCK).exists():
+            self._take_lock()
+            self.release()
+
+    def check_content(self) -> None:
+        """Like :meth:`check`, whether another run is at work or not.
+
+        Raises:
+            UserError: the folder cannot be written, or holds something else than a run.
+        """
         check_writable("--output_dir", self.folder)
-        if self.folder.is_dir():
-            self._earlier_run_completed = self._earlier_status() == "completed"
-            if (self.folder / LOCK).exists():
-                self._take_lock()
-                self.release()
+        if is_folder(self.folder):
+            self._earlier_status()
 
     @property
     def log_path(self) -> Path:
@@ -132,7 +148,7 @@ class RunFolder:
         return {} if self._lock is None else {INHERITED_LOCK: self._lock}
 
     def _make(self) -> None:
-        """Make the folder, lock it, look at what is there."""
+        """Make the folder, lock it, look at what is there; on failure it is not locked."""
         check_writable("--output_dir", self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +181,10 @@ class RunFolder:
         return self.log_path
 
     def _take_lock(self) -> None:
-        """Lock the folder for the life of this process; the system lets go of it however the process ends."""
+        """Lock the folder until it is released or this process ends, where the system has locks.
+
+        A batch runner may hold the lock for this process already.
+        """
         try:
             import fcntl
         except ImportError:  # Windows
@@ -173,22 +192,26 @@ class RunFolder:
         if self._has_inherited_lock():
             return
         self._lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.release()
-            raise FolderBusy(
-                f"--experiment_name: another run is writing to {self.folder}; wait for it or choose another name"
-            ) from None
-        except OSError as error:
-            logger.info("this file system has no locks (%s): do not start two runs into %s", error, self.folder)
+        for attempt in range(LOCK_TRIES):  # somebody may only be looking
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(LOCK_SECONDS if attempt < LOCK_TRIES - 1 else 0)
+            except OSError as error:
+                logger.info("this file system has no locks (%s): do not start two runs into %s", error, self.folder)
+                return
+        self.release()
+        raise FolderBusy(
+            f"--experiment_name: another run is writing to {self.folder}; wait for it or choose another name"
+        )
 
     def _has_inherited_lock(self) -> bool:
-        """Whether a batch runner locked the folder for this process; the lock lasts as long as either."""
+        if self._inherited_lock is None:
+            return False
         try:
-            number = int(os.environ[INHERITED_LOCK])
-            return os.path.samestat(os.fstat(number), (self.folder / LOCK).stat())
-        except (KeyError, ValueError, OSError):
+            return os.path.samestat(os.fstat(self._inherited_lock), (self.folder / LOCK).stat())
+        except OSError:
             return False
 
     def release(self) -> None:
@@ -215,7 +238,7 @@ class RunFolder:
             self.set_status("running")
             os.replace(self.folder / RERUN_LOG, self.folder / LOG)
         for variant in VARIANTS:
-            for name in (f"{variant}_results.csv", f"{variant}_raw_scores.parquet", f"tensors/{variant}.safetensors"):
+            for name in variant_files(variant):
                 (self.folder / name).unlink(missing_ok=True)
         (self.folder / "summary.json").unlink(missing_ok=True)
         if (self.folder / "tensors").is_dir() and not os.listdir(self.folder / "tensors"):
@@ -266,6 +289,16 @@ class RunFolder:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _inherited_lock() -> int | None:
+    """The open lock of a folder that a batch runner handed to this process, and to none that this one starts."""
+    try:
+        number = int(os.environ.pop(INHERITED_LOCK))
+        os.set_inheritable(number, False)
+    except (KeyError, ValueError, OSError):
+        return None
+    return number
 
 
 class RawScoresWriter:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from devices import SlotFlags, Slots, find_slots
-from errors import FolderBusy, RunError, UserError, run_command
+from errors import RunError, UserError, is_folder, run_command
 from experiment_config import (
     NOT_EMPTY,
     NOT_NEGATIVE,
@@ -75,8 +75,10 @@ def main() -> None:
         print(f"note: {note}", file=sys.stderr)
     outcomes, interrupted = run_grid(to_do, len(completed), flags)
     outcomes |= {folder: Outcome("skipped") for folder in completed}
+    kept = keep_summary(summary_path(grid, flags.experiment_prefix, started), grid, outcomes, completed)
     print_summary(grid, outcomes, completed)
-    keep_summary(summary_path(grid, flags.experiment_prefix, started), grid, outcomes, completed)
+    if kept:
+        print(f"\nsummary: {kept}", flush=True)
     if interrupted:
         raise KeyboardInterrupt
     if failed := sum(outcome.state == "failed" for outcome in outcomes.values()):
@@ -128,14 +130,12 @@ def read_command(argv: Sequence[str]) -> tuple[GridFlags, list[Cells]]:
 def check_grid(to_do: Sequence[PlannedRun], flags: GridFlags) -> list[str]:
     """What would keep runs from starting, a line each; looks at files and the environment, loads and asks nothing."""
     problems = check_configs(run.config for run in to_do)
-    checks: list[Callable[[], Any]] = [RunFolder(run.folder).check for run in to_do if run.folder.exists()]
-    if flags.gpus:
-        checks.append(lambda: find_slots(flags, wants_gpu=any(map(uses_gpu, to_do))))
+    checks: list[Callable[[], Any]] = [RunFolder(run.folder).check_content for run in to_do if is_folder(run.folder)]
+    if flags.gpus or any(run.config.device.startswith("cuda:") for run in to_do):  # else nobody need be asked
+        checks.append(lambda: slots_for(to_do, flags))
     for check in checks:
         try:
             check()
-        except FolderBusy:
-            continue  # another grid is at it
         except UserError as error:
             problems.append(str(error))
     return problems
@@ -152,9 +152,7 @@ def run_grid(
     Raises:
         UserError: the GPUs asked for are not there.
     """
-    slots = find_slots(flags, wants_gpu=any(map(uses_gpu, to_do)))
-    if slots.gpus and (named := [run for run in to_do if run.config.device.startswith("cuda:")]):
-        raise UserError(f"--device: got {named[0].config.device}; each run sees one GPU, choose among them with --gpus")
+    slots = slots_for(to_do, flags)
     runs = {Job(run.name, run.command, uses_gpu(run), fills(run, slots)): run for run in in_order(to_do)}
 
     def begin(job: Job) -> Beginning | None:
@@ -164,6 +162,7 @@ def run_grid(
         if not flags.overwrite and is_done(run.config, run.digest, run.folder):  # another grid was sooner
             folder.release()
             return None
+        # A completed run's log stays until the new one is done; the run itself then renames its own.
         return Beginning(tuple(dict.fromkeys((folder.log_path, run.folder / LOG))), files, folder.release)
 
     def describe(job: Job, outcome: Outcome) -> str:
@@ -180,6 +179,18 @@ def run_grid(
         runner.say(f"{'skipped':<11} {done} of {counted(done + len(to_do), 'run')}, as they are done")
     outcomes = {runs[job].folder: outcome for job, outcome in runner.run().items()}
     return outcomes, runner.interrupted
+
+
+def slots_for(runs: Sequence[PlannedRun], flags: GridFlags) -> Slots:
+    """The places there are for these runs.
+
+    Raises:
+        UserError: the GPUs asked for are not there, or a run asks for one by its number.
+    """
+    slots = find_slots(flags, wants_gpu=any(map(uses_gpu, runs)))
+    if slots.gpus and (named := [run for run in runs if run.config.device.startswith("cuda:")]):
+        raise UserError(f"--device: got {named[0].config.device}; each run sees one GPU, choose among them with --gpus")
+    return slots
 
 
 def uses_gpu(run: PlannedRun) -> bool:

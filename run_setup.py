@@ -15,7 +15,7 @@ from hyde import HydeWriter, check_hyde, find_hyde_writer, hyde_setup
 from instruction_templates import FilledTexts, templates_for
 from model_loading import check_model_name, find_model, name_identity
 from rerankers import Reranker, check_reranker, find_reranker, teacher_setup
-from results import read_json
+from results import read_json, variant_files
 from retrieval_dataset import DatasetFacts, RetrievalDataset
 
 # Flags of which the hash takes what they stand for.
@@ -198,13 +198,15 @@ def is_done(config: ExperimentConfig, digest: str, folder: Path) -> bool:
     earlier, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     if earlier.get("status") != "completed" or earlier.get("hash") != digest:
         return False
-    flags, teacher = earlier.get("flags", {}), summary.get("teacher", {})
-    lacks_tensors = config.save_tensors and not flags.get("save_tensors")
-    asked_price = config.price_per_million if summary.get("language_models") else None
-    lacks_cost = asked_price is not None and asked_price != flags.get("price_per_million")
-    missing = teacher.get("missing", 0)
-    lacks_scores = missing > config.max_failed_scores * (missing + teacher.get("scores", 0))
-    return not (lacks_tensors or lacks_cost or lacks_scores)
+    try:
+        flags, means, missing = earlier["flags"], summary["means"], summary["teacher"]["missing"]
+        lacks_tensors = config.save_tensors and not flags["save_tensors"]
+        lacks_scores = missing and config.max_failed_scores < flags["max_failed_scores"]
+        lacks_figures = not set(config.variants) <= set(means)
+    except (KeyError, TypeError):  # none that this program wrote
+        return False
+    files = (folder / name for variant in config.variants for name in variant_files(variant)[:2])
+    return not (lacks_tensors or lacks_scores or lacks_figures) and all(path.is_file() for path in files)
 
 
 def run_name(config: ExperimentConfig, dataset: DatasetFacts, *more: str) -> str:

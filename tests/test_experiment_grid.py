@@ -216,10 +216,17 @@ def test_every_value_arrives_in_the_runs_command():
 # --- Which runs are done ---
 
 
-def finish(run, name=None, **changes):
+def finish(run, name=None, summary=None, **changes):
+    """What a run leaves behind, as far as it is looked at."""
     folder = run.folder.parent / (name or run.name)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"status": "completed", "hash": run.digest} | changes))
+    config = {"status": "completed", "hash": run.digest, "flags": dataclasses.asdict(run.config)} | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    means = {variant: {"map": 0.5} for variant in run.config.variants}
+    (folder / "summary.json").write_text(json.dumps({"means": means, "teacher": {"missing": 0}} | (summary or {})))
+    for variant in run.config.variants:
+        for file in ("results.csv", "raw_scores.parquet"):
+            (folder / f"{variant}_{file}").touch()
     return folder
 
 
@@ -234,18 +241,29 @@ def test_a_run_is_done_when_its_folder_says_so(tmp_path):
 
 
 def test_a_done_run_must_have_what_the_flags_ask_for(tmp_path):
-    (run,) = plan(output_dir=[str(tmp_path)]).runs
-    folder = finish(run, flags={"price_per_million": "1,2"})
-    summary = {"teacher": {"scores": 90, "missing": 10}, "language_models": {"teacher": {}}}
-    (folder / "summary.json").write_text(json.dumps(summary))
+    (run,) = plan(output_dir=[str(tmp_path)], max_failed_scores=["0.1"]).runs
+    folder = finish(run, summary={"teacher": {"missing": 10}})
     for more, done in (
         ({"max_failed_scores": ["0.1"]}, True),
-        ({}, False),  # 5 %
+        ({"max_failed_scores": ["0.2"]}, True),
+        ({"max_failed_scores": ["0.05"]}, False),
         ({"max_failed_scores": ["0.1"], "price_per_million": ["1,2"]}, True),
-        ({"max_failed_scores": ["0.1"], "price_per_million": ["1,3"]}, False),
         ({"max_failed_scores": ["0.1"], "save_tensors": ["True"]}, False),
     ):
-        assert bool(find_completed(plan(output_dir=[str(tmp_path)], **more).runs)) == done
+        assert bool(find_completed(plan(output_dir=[str(tmp_path)], **more).runs)) == done, more
+    (folder / "summary.json").write_text('{"means": {"embeddings": 0, "optimized_embeddings": 0}, "teacher": {"missing": 0}}')
+    assert find_completed([run])
+    for damaged in ('{"means": null, "teacher": {"missing": 0}}', '{"means": {}, "teacher": {"missing": 0}}', "[]", ""):
+        (folder / "summary.json").write_text(damaged)
+        assert not find_completed([run])
+
+
+def test_a_done_run_without_its_files_is_none(tmp_path):
+    (run,) = plan(output_dir=[str(tmp_path)]).runs
+    folder = finish(run)
+    assert find_completed([run])
+    (folder / "optimized_embeddings_results.csv").unlink()
+    assert not find_completed([run])
 
 
 def test_a_run_of_another_grid_counts_unless_its_name_matters(tmp_path):
@@ -346,6 +364,7 @@ def test_the_command_line_goes_before_the_file(tmp_path):
         ("grids: {a: {lr: 1}}\nexclude: [{rate: 1}]", "exclude: unknown flag 'rate'"),
         ("grids: {a: {lr: 1}, a: {lr: 2}}", "is not YAML ('a' occurs twice"),
         ("grids: {a: {lr: 1, lr: 2}}", "is not YAML ('lr' occurs twice"),
+        ("grids: {a b: {lr: 1}}", "'a b' is no name of a grid, which is one word"),
         ("grids: {a: {dataset: Demo, datasets: Demo}}", "a: dataset is given twice, also as datasets"),
         ('grids: {a: {dataset: Demo, embedding_model: "m/x\\0"}}', "must not contain a NUL character"),
         ("grids: {a: {dataset: Demo, lr: -1}}", "grid a: --lr: got '-1'"),

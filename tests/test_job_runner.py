@@ -185,6 +185,20 @@ def test_a_log_may_be_renamed(tmp_path):
     assert (outcomes["x"].log, outcomes["x"].reason) == (tmp_path / "b", "why")
 
 
+def test_a_log_of_before_stays_where_another_is_asked_for(tmp_path):
+    (tmp_path / "b").write_text("before")
+    run(tmp_path, [job("x", "print('now')")], begin=lambda _: Beginning((tmp_path / "a", tmp_path / "b")))
+    assert ((tmp_path / "a").read_text(), (tmp_path / "b").read_text()) == ("now\n", "before")
+
+
+def test_being_busy_costs_no_try(tmp_path, monkeypatch):
+    monkeypatch.setattr("job_runner.SECONDS_UNTIL_NEXT_TRY_OF_BUSY", 0.1)
+    mark = tmp_path / "mark"
+    code = f"import os, pathlib; m = pathlib.Path({str(mark)!r}); n = len(m.read_text()) if m.exists() else 0; m.write_text('x' * (n + 1));"
+    outcomes, _ = run(tmp_path, [job("x", code + "n == 0 and os._exit(4); n == 1 and os.kill(os.getpid(), 9)")], retries=1)
+    assert (outcomes["x"].state, outcomes["x"].tries) == ("completed", 2)
+
+
 def test_what_cannot_begin(tmp_path):
     def begin(job):
         if job.name == "done":
@@ -202,7 +216,7 @@ def test_what_cannot_begin(tmp_path):
 
 
 def test_what_another_process_is_at_is_looked_at_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("job_runner.SECONDS_UNTIL_NEXT_LOOK", 0.2)
+    monkeypatch.setattr("job_runner.SECONDS_UNTIL_NEXT_TRY_OF_BUSY", 0.2)
     free_again = time.monotonic() + 0.5
 
     def begin(job):
@@ -285,13 +299,28 @@ def test_asked_to_stop_it_asks_its_jobs_and_sums_up(tmp_path, how):
 def test_asked_twice_it_kills_them(tmp_path):
     process, pids = start(tmp_path, DEAF, ".deaf")
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)  # as ``timeout`` sends its request twice
+    time.sleep(2)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.6)
     assert all(map(is_alive, pids))
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=20)
     assert stdout.strip() == "['interrupted', 'interrupted', 'not started'] True"
     assert "killing 2 runs" in stderr
     assert not any(map(is_alive, pids))
+
+
+def test_jobs_that_end_at_the_moment_of_the_stop_are_no_reason_to_hang(tmp_path):
+    """As when a whole group of processes is asked to end."""
+    for _ in range(5):
+        for path in tmp_path.iterdir():
+            path.unlink()
+        process, pids = start(tmp_path)
+        for pid in (*pids, process.pid):
+            os.kill(pid, signal.SIGTERM)
+        stdout, _ = process.communicate(timeout=20)
+        assert "'not started'] True" in stdout or "'interrupted'] True" in stdout
 
 
 def test_no_job_survives_a_runner_that_is_killed(tmp_path):
