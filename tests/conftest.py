@@ -17,6 +17,7 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and none may wait for it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two test files run at once; see job_runner.py
 for variable in ("BASE_URL", "API_KEY", "OPENAI_BASE_URL", "OPENAI_API_KEY"):  # no test may spend a developer's money
     os.environ.pop(variable, None)
 
@@ -83,13 +84,18 @@ def tiny_models(tmp_path_factory):
     return save_tiny_models(tmp_path_factory.mktemp("models"))
 
 
-@pytest.fixture
-def small_folder(tmp_path):
+def write_small_folder(folder):
     """A dataset folder of 60 documents and 6 queries, 5 relevant documents each."""
     documents = {f"d{i}": f"{WORDS[i % 20]} {WORDS[(i * 7) % 20]} number {i}" for i in range(60)}
     queries = {f"q{j}": f"{WORDS[j]} {WORDS[j + 3]}" for j in range(6)}
     qrels = [(f"q{j}", f"d{i}", 1) for j in range(6) for i in range(j, 60, 12)]
-    return write_folder_dataset(tmp_path / "small", documents, queries, qrels)
+    return write_folder_dataset(folder, documents, queries, qrels)
+
+
+@pytest.fixture
+def small_folder(tmp_path):
+    """See :func:`write_small_folder`."""
+    return write_small_folder(tmp_path / "small")
 
 
 class RunningEndpoint:

@@ -46,7 +46,8 @@ def most_at_once(intervals):
     return max(sum(start <= moment < end for start, end, *_ in intervals) for moment, *_ in intervals)
 
 
-def test_as_many_at_once_as_there_are_places(tmp_path):
+def test_as_many_at_once_as_there_are_places(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     jobs = [job(f"j{i}", seconds=0.4) for i in range(6)]
     outcomes, _ = run(tmp_path, jobs, Slots(3))
     assert {outcome.state for outcome in outcomes.values()} == {"completed"}

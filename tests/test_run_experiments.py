@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MINILM, ROOT, run_script
+from conftest import MINILM, ROOT, run_script, write_small_folder
 from llm_endpoint import MODEL
 
 from experiment_config import fields
@@ -35,6 +35,22 @@ def states(rows):
     return sorted(row["state"] for row in rows.values())
 
 
+@pytest.fixture(scope="module")
+def vectors(tiny_models, tmp_path_factory):
+    """The vectors of ``small_folder``, for tests that are not about embedding."""
+    cache = tmp_path_factory.mktemp("vectors")
+    data = write_small_folder(cache / "small")
+    models = [tiny_models["bert"], tiny_models["qwen3"]]
+    run_script("embed_all_documents.py", "--datasets", data, "--embedding_models", *models, "--cache_dir", cache / "cache")
+    return cache / "cache"
+
+
+@pytest.fixture
+def warm(vectors, tmp_path):
+    """These vectors in the cache of the test's folder."""
+    return shutil.copytree(vectors, tmp_path / "cache")
+
+
 def flags(small_folder, model, *more):
     """A grid that keeps to the folder it is started in."""
     return ["--datasets", small_folder, "--embedding_models", model, "--output_dir=output", "--cache_dir=cache", *more]
@@ -50,20 +66,20 @@ def results(folder):
 
 
 def test_in_parallel_every_file_is_the_same_to_the_byte(small_folder, tiny_models, tmp_path):
-    axes = ["--lr", "1e-3", "0.1", "--num_steps", "5", "20", "--random_seed", "1", "2"]
+    axes = ["--lr", "1e-3", "1e-2", "0.1", "--random_seed", "1", "2", "--num_steps=20"]
     grid = flags(small_folder, tiny_models["bert"], *axes, "--scores_from_top=5", "--optimize_with_gold")
     for parallel in ("1", "4"):
         (tmp_path / parallel).mkdir()
         done = run_script(GRID, *grid, "--parallel", parallel, cwd=tmp_path / parallel)
-        assert len(re.findall(r"^\S+ completed   \d/8  small_tiny-bert_lr=\S+  map 0\.\d{4} → 0\.\d{4}  \d+\.\d s$", done.stderr, re.M)) == 8
+        assert len(re.findall(r"^\S+ completed   \d/6  small_tiny-bert_lr=\S+  map 0\.\d{4} → 0\.\d{4}  \d+\.\d s$", done.stderr, re.M)) == 6
         assert "\r" not in done.stderr  # no bar where there is no terminal
     one, four = (tmp_path / parallel / "output" for parallel in ("1", "4"))
     names = sorted(path.name for path in one.iterdir() if path.is_dir())
-    assert len(names) == 8
+    assert len(names) == 6
     for name in names:
         assert results(one / name) == results(four / name)
     rows = summary_of(four)
-    assert states(rows) == ["completed"] * 8
+    assert states(rows) == ["completed"] * 6
     row = rows[names[0]]
     assert float(row["map_optimized_embeddings"]) == pytest.approx(
         read_json(four / names[0] / "summary.json")["means"]["optimized_embeddings"]["map"], abs=1e-6
@@ -72,8 +88,8 @@ def test_in_parallel_every_file_is_the_same_to_the_byte(small_folder, tiny_model
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO load dataset", log, re.M)
     assert log.count("INFO load dataset") == 1 and "metric" in log
     again = run_script(GRID, *grid, cwd=tmp_path / "4")
-    assert "skipped     8 of 8 runs, as they are done" in again.stderr
-    assert states(summary_of(tmp_path / "4" / "output")) == ["skipped"] * 8
+    assert "skipped     6 of 6 runs, as they are done" in again.stderr
+    assert states(summary_of(tmp_path / "4" / "output")) == ["skipped"] * 6
 
 
 def test_every_flag_of_the_dataclass_arrives_in_the_run(small_folder, tiny_models, tmp_path, endpoint):
@@ -125,7 +141,7 @@ def test_every_flag_of_the_dataclass_arrives_in_the_run(small_folder, tiny_model
     assert config["flags"] == {name: value for name, (_, value) in values.items()}
 
 
-def test_refit_brings_its_own_rate_and_teacher_unless_they_are_given(small_folder, tiny_models, tmp_path):
+def test_refit_brings_its_own_rate_and_teacher_unless_they_are_given(small_folder, tiny_models, tmp_path, warm):
     """The preset's cross-encoder stands in the cache of models, as if it had been downloaded."""
     snapshot = tmp_path / "hub" / "models--cross-encoder--ms-marco-MiniLM-L-6-v2" / "snapshots" / "abc"
     shutil.copytree(tiny_models["cross-encoder"], snapshot)
@@ -143,7 +159,7 @@ def test_refit_brings_its_own_rate_and_teacher_unless_they_are_given(small_folde
     ]
 
 
-def test_a_wrong_model_among_five(small_folder, tiny_models, tmp_path):
+def test_a_wrong_model_among_five(small_folder, tiny_models, tmp_path, warm):
     copy = shutil.copytree(tiny_models["bert"], tmp_path / "another-bert")
     models = [tiny_models["bert"], copy, "nobody/nothing", tiny_models["qwen3"], tiny_models["mistral"]]
     grid = ["--datasets", small_folder, "--embedding_models", *models, "--optimize_with_gold", "--experiment_prefix=five"]
@@ -165,7 +181,7 @@ def test_a_wrong_model_among_five(small_folder, tiny_models, tmp_path):
     assert (again.returncode, again.stderr.splitlines()[-1]) == (2, f"error: {failed['reason']}")
 
 
-def test_runs_of_different_models_pay_once_for_the_same_answers(small_folder, tiny_models, tmp_path, endpoint):
+def test_runs_of_different_models_pay_once_for_the_same_answers(small_folder, tiny_models, tmp_path, endpoint, warm):
     """All documents are scored here, so that two embedding models ask for the very same scores and passages."""
     served = endpoint("--latency", 0.05)
     grid = ["--datasets", small_folder, "--embedding_models", tiny_models["bert"], tiny_models["qwen3"], "--total_scores=60"]
@@ -210,7 +226,7 @@ class Started:
 
 
 @pytest.fixture
-def slow(small_folder, tiny_models, tmp_path, endpoint):
+def slow(small_folder, tiny_models, tmp_path, endpoint, warm):
     """A grid of four runs whose teacher takes two seconds for each; returns (flags, environment, endpoint)."""
     served = endpoint("--latency", 0.15)
     axes = ["--random_seed", "1", "2", "--lr", "1e-3", "1e-2", "--scores_from_top=0", "--llm_concurrency=10"]

@@ -383,10 +383,10 @@ def test_one_document_and_more_scores_than_documents(tiny_models, tmp_path):
 
 @pytest.fixture(scope="module")
 def long_folder(tmp_path_factory):
-    """Enough text for many shards: 3,000 documents of about 1,500 characters."""
-    documents = {f"d{i}": f"{i} " + " ".join(WORDS[(i * k) % 20] for k in range(1, 300)) for i in range(3000)}
+    """Enough text for many shards: 1,500 documents of about 3,000 characters."""
+    documents = {f"d{i}": f"{i} " + " ".join(WORDS[(i * k) % 20] for k in range(1, 600)) for i in range(1500)}
     queries = {f"q{j}": f"{WORDS[j]} {WORDS[j + 3]}" for j in range(6)}
-    qrels = [(f"q{j}", f"d{i}", 1) for j in range(6) for i in range(j, 3000, 100)]
+    qrels = [(f"q{j}", f"d{i}", 1) for j in range(6) for i in range(j, 1500, 50)]
     return write_folder_dataset(tmp_path_factory.mktemp("long"), documents, queries, qrels)
 
 
@@ -440,8 +440,8 @@ def test_killed_at_many_moments_it_goes_on_and_ends_the_same(long_folder, tiny_m
     assert shards.items() <= shards_of(tmp_path).items()
     assert not list((tmp_path / "output" / "run").glob(".*.tmp"))
     counts = read_json(tmp_path / "output" / "run" / "summary.json")["embedding"]
-    assert counts["cached"] + counts["embedded"] == 3006
-    assert sum(len(np.load(path)) for path in shards_of(tmp_path)) == 3006
+    assert counts["cached"] + counts["embedded"] == 1506
+    assert sum(len(np.load(path)) for path in shards_of(tmp_path)) == 1506
 
 
 def test_ctrl_c_keeps_what_was_finished_and_says_so(long_folder, tiny_models, tmp_path, undisturbed):
@@ -506,7 +506,7 @@ def test_four_processes_fill_one_cache_at_once(long_folder, tiny_models, tmp_pat
         _, stderr = process.communicate()
         assert process.returncode == 0, stderr
     stored = sum(len(np.load(path)) for path in shards_of(tmp_path))
-    assert 3006 <= stored < 4 * 3006  # they shared the work
+    assert 1506 <= stored < 4 * 1506  # they shared the work
     run_script(RUN, *long_flags(long_folder, tiny_models, tmp_path))
     assert read_json(tmp_path / "output" / "run" / "summary.json")["embedding"]["embedded"] == 0
     assert figures(tmp_path / "output" / "run") == expected
@@ -545,7 +545,7 @@ def test_the_readmes_library_example_runs():
         ["large_corpus.py", "--documents", "3000", "--queries", "5"],
         ["second_run.py", "--dataset", "Demo", "--repeats", "1", "--cache_dir", "{cache}"],
         ["embedding_speed.py", "--dataset", "Demo", "--texts", "40", "--batch_sizes", "8"],
-        ["teacher_calls.py", "--dataset", "Demo", "--latency", "0.001"],
+        ["teacher_calls.py", "--dataset", "Demo", "--latency", "0.001", "--repeats", "1"],
         ["grid_runs.py", "--runs", "2", "--planned", "20", "--cache_dir", "{cache}"],
     ],
 )
