@@ -399,6 +399,11 @@ class KnownDataset:
     files: str | None = None
     repositories: tuple[str, ...] = ()
 
+    def published_files(self) -> dict[str, str]:
+        """Its files of ``GITHUB_FILES``, under ``data_dir``, with their sha256."""
+        named = {name: digest for name, (_, digest) in GITHUB_FILES.items()}
+        return {name: digest for name, digest in named.items() if self.files and name.startswith(self.files)}
+
 
 DATASETS = {
     "Clinc150": KnownDataset(load_clinc150, "classification", 150, 15_000, "clinc150/"),
@@ -431,8 +436,7 @@ def dataset_facts(dataset: str, data_dir: Path | str) -> DatasetFacts:
 
 def _own_files(known: KnownDataset, data_dir: Path) -> list[str]:
     """What stands for files under ``data_dir`` that are not the ones a download would give."""
-    files = {name: digest for name, (_, digest) in GITHUB_FILES.items() if known.files and name.startswith(known.files)}
-    if there := {name: digest for name, digest in files.items() if (data_dir / name).is_file()}:
+    if there := {name: digest for name, digest in known.published_files().items() if (data_dir / name).is_file()}:
         found = {name: hashlib.sha256((data_dir / name).read_bytes()).hexdigest() for name in there}
         return [found[name] for name, digest in there.items() if found[name] != digest]
     return [files_identity(folder) for name in known.repositories if (folder := hub_folder(data_dir, name))]
@@ -442,10 +446,8 @@ def is_at_hand(dataset: str, data_dir: Path | str) -> bool:
     """Whether loading a dataset only reads files: nothing is fetched, no library writes to a cache of its own."""
     if dataset == "Demo" or dataset not in DATASETS:
         return True
-    files = DATASETS[dataset].files
-    if files is None:
-        return False
-    return all((Path(data_dir) / name).exists() for name in GITHUB_FILES if name.startswith(files))
+    files = DATASETS[dataset].published_files()
+    return bool(files) and all((Path(data_dir) / name).exists() for name in files)
 
 
 def check_dataset_name(dataset: str) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from cache_utils import slug
 from dataset_loaders import check_dataset_name, load_dataset
 from devices import SlotFlags, Slots, choose_device, find_slots
-from errors import RunError, UserError, run_command
+from errors import RunError, UserError, problems_of, run_command
 from experiment_config import (
     ExperimentConfig,
     OneLineParser,
@@ -79,11 +79,11 @@ def read_command(argv: Sequence[str]) -> tuple[SlotFlags, list[dict[str, str]]]:
     add_flags(parser, FLAGS, aliases={"embedder_batch_size": "--batch_size"})
     add_flags(parser, of=SlotFlags)
     words = parse_words(parser, argv)
-    names = [field.name for field in fields() if field.name in AXES]
-    axes = [words.pop(field.name, [field.default]) for field in fields() if field.name in AXES]
+    defaults = {field.name: field.default for field in fields() if field.name in AXES}
+    axes = [words.pop(name, [default]) for name, default in defaults.items()]
     slot_values, problems = parse_values(words, SlotFlags)
     shared = {name: words[name] for name in FLAGS if name in words}
-    given = [dict(zip(names, values, strict=True)) | shared for values in dict.fromkeys(itertools.product(*axes))]
+    given = [dict(zip(defaults, values, strict=True)) | shared for values in dict.fromkeys(itertools.product(*axes))]
     for own in given:
         problems += [problem for problem in parse_values(own)[1] if problem not in problems]
     if problems:
@@ -97,16 +97,10 @@ def check_all(configs: Sequence[ExperimentConfig]) -> None:
     Raises:
         UserError: a line each.
     """
-    problems: dict[str, None] = {}
     checks = [partial(check, config) for config in configs for check in (check_embedder, check_cache)]
     checks += [partial(check_dataset_name, dataset) for dataset in {config.dataset for config in configs}]
     checks += [partial(read_templates, path) for path in {config.instruction_templates for config in configs}]
-    for check in checks:
-        try:
-            check()
-        except UserError as error:
-            problems |= dict.fromkeys(str(error).splitlines())
-    if problems:
+    if problems := problems_of(checks):
         raise UserError("\n".join(problems))
 
 

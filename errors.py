@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 LIFELINE = "END_WITH_PARENT_FILE"  # environment variable: a pipe that closes when the parent ends
@@ -101,6 +101,17 @@ def _end_with_parent() -> None:
             os.kill(os.getpid(), how)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def problems_of(checks: Iterable[Callable[[], object]]) -> list[str]:
+    """Call all checks; return the lines of their complaints (:class:`UserError`), in order and each once."""
+    problems: dict[str, None] = {}
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems |= dict.fromkeys(str(error).splitlines())
+    return list(problems)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

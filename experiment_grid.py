@@ -15,12 +15,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cache_utils import slug
 from dataset_loaders import DATASETS, dataset_facts
-from errors import UserError
+from errors import UserError, problems_of
 from experiment_config import LONGEST_NAME, ExperimentConfig, build_config, command_words, fields, parse_value
 from grid_file import Axes, Cells
 from instruction_templates import read_templates
@@ -183,13 +184,7 @@ def plan_grid(cells: Sequence[Cells], prefix: str | None = None) -> Grid:
 def check_configs(configs: Iterable[ExperimentConfig]) -> list[str]:
     """What would keep runs from starting, a line each; looks at files and the environment, loads and asks nothing."""
     different = {tuple(getattr(config, name) for name in CHECKED_FLAGS): config for config in configs}
-    problems: dict[str, None] = {}
-    for config in different.values():
-        try:
-            check_run(config)
-        except UserError as error:
-            problems |= dict.fromkeys(str(error).splitlines())
-    return list(problems)
+    return problems_of(partial(check_run, config) for config in different.values())
 
 
 class _Reader:

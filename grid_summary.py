@@ -20,15 +20,15 @@ from llm_client import Usage
 from results import LOG, TABLE_METRICS, VARIANTS, aligned, read_json
 
 
-def means_of(folder: Path, metric: str = "map") -> dict[str, float]:
-    """One metric of each variant of a run."""
-    means = read_json(folder / "summary.json").get("means", {})
+def means_of(summary: Mapping[str, Any], metric: str = "map") -> dict[str, float]:
+    """One metric of each variant of a run, from its ``summary.json``."""
+    means = summary.get("means", {})
     return {variant: own[metric] for variant, own in means.items() if isinstance(own.get(metric), float | int)}
 
 
 def figures_of(folder: Path) -> str:
     """A run's figures in a few words."""
-    maps = {variant: f"{value:.4f}" for variant, value in means_of(folder).items()}
+    maps = {variant: f"{value:.4f}" for variant, value in means_of(read_json(folder / "summary.json")).items()}
     parts = []
     for before, after, name in (
         ("embeddings", "optimized_embeddings", "map"),
@@ -60,7 +60,14 @@ def keep_summary(
         if rows is None:  # somebody else's file
             path = _free_path(path)
         new = [summary_row(run, outcomes[run.folder], completed.get(run.folder, run.folder), grid) for run in grid.runs]
-        kept = [row for row in rows or [] if not _is_outdated(row, new)]
+        # Rows of the same folder are replaced; those of a run that was not done also where it is done elsewhere now.
+        folders = {Path(row["folder"]).resolve() for row in new}
+        done = {row["hash"] for row in new if row["map_embeddings"]}
+        kept = [
+            row
+            for row in rows or []
+            if Path(row["folder"]).resolve() not in folders and (row.get("map_embeddings") or row["hash"] not in done)
+        ]
         text = io.StringIO()
         names = dict.fromkeys(name for row in (*new, *kept) for name in row)
         writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -87,16 +94,6 @@ def _earlier_rows(path: Path) -> list[dict[str, str]] | None:
     return rows if all({"run", "folder", "hash"} <= row.keys() and "" not in row for row in rows) else None
 
 
-def _is_outdated(row: Mapping[str, str], new: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether new rows replace one: that of the same folder, or one not done by one that is, wherever it was done."""
-    folder = Path(row["folder"]).resolve()
-    return any(
-        Path(other["folder"]).resolve() == folder
-        or (other["hash"] == row["hash"] and other["map_embeddings"] and not row.get("map_embeddings"))
-        for other in new
-    )
-
-
 def _free_path(path: Path) -> Path:
     """The path, or the first like it with a number that nothing has."""
     named = (path.with_name(path.name.replace("_grid.csv", f"-{number}_grid.csv")) for number in itertools.count(2))
@@ -110,7 +107,7 @@ def summary_row(run: PlannedRun, outcome: Outcome, folder: Path, grid: Grid) -> 
     done = outcome.state in ("completed", "skipped")
     summary = read_json(folder / "summary.json") if done else {}
     for metric in TABLE_METRICS:
-        means = means_of(folder, metric) if done else {}
+        means = means_of(summary, metric)
         row |= {f"{metric}_{name}": f"{means[name]:.6f}" if name in means else "" for name in VARIANTS}
     counts = summary.get("language_models", {}).values()
     usages = [Usage(**{field.name: own[field.name] for field in fields(Usage)}) for own in counts]
@@ -151,7 +148,8 @@ def print_summary(grid: Grid, outcomes: Mapping[Path, Outcome], completed: Mappi
 
 def figures_table(grid: Grid, runs: Sequence[PlannedRun], completed: Mapping[Path, Path]) -> str:
     """Mean average precision of the variants, a line a run."""
-    maps = {run.folder: means_of(completed.get(run.folder, run.folder)) for run in runs}
+    folders = {run.folder: completed.get(run.folder, run.folder) for run in runs}
+    maps = {folder: means_of(read_json(done / "summary.json")) for folder, done in folders.items()}
     others = [variant for variant in VARIANTS if variant != "embeddings" and any(variant in m for m in maps.values())]
     header = ["dataset", "embedding model", *grid.varying, "map"]
     lines = [header + [word for variant in others for word in (VARIANTS[variant], "change")]]

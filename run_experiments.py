@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from devices import SlotFlags, Slots, find_slots
-from errors import RunError, UserError, is_folder, run_command
+from errors import RunError, UserError, is_folder, problems_of, run_command
 from experiment_config import (
     NOT_EMPTY,
     NOT_NEGATIVE,
@@ -129,16 +129,10 @@ def read_command(argv: Sequence[str]) -> tuple[GridFlags, list[Cells]]:
 
 def check_grid(to_do: Sequence[PlannedRun], flags: GridFlags) -> list[str]:
     """What would keep runs from starting, a line each; looks at files and the environment, loads and asks nothing."""
-    problems = check_configs(run.config for run in to_do)
     checks: list[Callable[[], Any]] = [RunFolder(run.folder).check_content for run in to_do if is_folder(run.folder)]
     if flags.gpus or any(run.config.device.startswith("cuda:") for run in to_do):  # else nobody need be asked
         checks.append(lambda: slots_for(to_do, flags))
-    for check in checks:
-        try:
-            check()
-        except UserError as error:
-            problems.append(str(error))
-    return problems
+    return check_configs(run.config for run in to_do) + problems_of(checks)
 
 
 # --- Running ---------------------------------------------------------------------------------------------------------

@@ -20,8 +20,6 @@ QUIET_LIBRARIES = (
     *("sentence_transformers", "transformers", "huggingface_hub", "datasets"),
     *("httpx", "httpx2", "httpcore", "openai", "asyncio"),
 )
-
-
 FILE_FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cache_utils import slug
 from dataset_loaders import check_dataset_name
 from embedders import TextEmbedder, check_remote_code, embedding_setup
-from errors import UserError, check_writable, is_folder
+from errors import UserError, check_writable, is_folder, problems_of
 from experiment_config import ExperimentConfig, short_hash
 from hyde import HydeWriter, check_hyde, find_hyde_writer, hyde_setup
 from instruction_templates import FilledTexts, templates_for
@@ -75,16 +76,9 @@ def check_run(config: ExperimentConfig) -> None:
     Raises:
         UserError: naming the flags or the environment variables, one line each.
     """
-    problems = []
-    for check, argument in (
-        (check_dataset_name, config.dataset),
-        *((check, config) for check in (check_embedder, check_cache, check_reranker, check_hyde, check_output)),
-    ):
-        try:
-            check(argument)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
+    of_config = (check_embedder, check_cache, check_reranker, check_hyde, check_output)
+    checks = [partial(check_dataset_name, config.dataset), *(partial(check, config) for check in of_config)]
+    if problems := problems_of(checks):
         raise UserError("\n".join(problems))
 
 

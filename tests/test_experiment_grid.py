@@ -1,5 +1,6 @@
 """From flags and grid files to runs: which there are, what they are called, which are done. Nothing is started here."""
 
+import csv
 import dataclasses
 import json
 import re
@@ -13,6 +14,8 @@ from errors import UserError
 from experiment_config import ExperimentConfig, fields, folder_name, parse_arguments
 from experiment_grid import find_completed, in_order, plan_grid
 from grid_file import Cells, read_grid_file
+from grid_summary import keep_summary
+from job_runner import Outcome
 from run_experiments import read_command
 
 GRID = "run_experiments.py"
@@ -276,6 +279,26 @@ def test_a_run_of_another_grid_counts_unless_its_name_matters(tmp_path):
     assert find_completed(named.runs) == {}
     timed = plan(embedder_batch_size=["1", "10"], output_dir=[str(tmp_path)])
     assert find_completed(timed.runs) == {}
+
+
+def test_the_summary_keeps_rows_of_other_grids_with_its_prefix(tmp_path):
+    def keep(state, **axes):
+        grid = plan("p", output_dir=[str(tmp_path)], **axes)
+        keep_summary(tmp_path / "p_grid.csv", grid, {run.folder: Outcome(state) for run in grid.runs}, {})
+        with open(tmp_path / "p_grid.csv", newline="") as file:
+            return grid.runs, [(row["run"], row["state"]) for row in csv.DictReader(file)]
+
+    wide, rows = keep("failed", lr=["1e-4", "1e-3"])
+    assert rows == [(run.name, "failed") for run in wide]
+    (run,) = plan("p", output_dir=[str(tmp_path)], lr=["1e-3"]).runs  # the second of them, under another name
+    finish(run)
+    _, rows = keep("completed", lr=["1e-3"])
+    assert rows == [(wide[0].name, "failed"), (run.name, "completed")]
+    (tmp_path / "p_grid.csv").write_text("notes;of\nsomebody;else\n")
+    with pytest.raises(KeyError):  # this test's reader finds no run in it
+        keep("completed", lr=["1e-3"])
+    assert (tmp_path / "p_grid.csv").read_text() == "notes;of\nsomebody;else\n"
+    assert (tmp_path / "p-2_grid.csv").exists()
 
 
 # --- Grid files ---
