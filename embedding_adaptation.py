@@ -30,7 +30,7 @@ from errors import UserError, run_command
 from experiment_config import ExperimentConfig, parse_arguments
 from instruction_templates import fill_templates, read_templates, templates_for
 from metrics import METRICS, mean_metrics
-from ranking import measure, sample_documents, sampled_ranks, score_blocks, unit_length
+from ranking import measure, measure_queries, sample_documents, sampled_ranks, score_blocks, unit_length
 from results import TABLE_METRICS, RunFolder, comparison_table, package_versions, write_json
 from retrieval_dataset import RetrievalDataset
 from run_log import log_to_file, start_logging
@@ -168,7 +168,8 @@ def compute(this: Run, folder: RunFolder, seconds: dict[str, float]) -> dict[str
             folder.write_metrics(variant, dataset, metrics, teacher | dataclasses.asdict(config))
             means[variant] = mean_metrics(metrics)
         if config.save_tensors and variant in refinements:
-            save_tensors(folder, variant, dataset, documents, start, refinements[variant])
+            with stage(f"measure steps of {variant}", seconds):
+                save_tensors(folder, variant, dataset, documents, start, refinements[variant])
     return summarise(this, means, starts, passages if this.hyde else [])
 
 
@@ -304,12 +305,14 @@ def save_tensors(
     start: Start,
     refinement: Refinement,
 ) -> None:
-    """Keep what refinement saw and did: enough to refine again without the corpus."""
+    """Keep what refinement saw and did: enough to refine again, and to see how it went, without the corpus."""
     import torch
 
+    over_steps = [measure_queries(vectors, documents, dataset) for vectors in refinement.trajectory.numpy()]
+    by_step = np.array([[own[name] for name in METRICS] for own in over_steps], dtype=np.float32)
     folder.write_tensors(
         variant,
-        dataset.query_ids,
+        {"query_ids": dataset.query_ids, "metrics": METRICS},
         {
             "query_vectors": torch.from_numpy(start.vectors),
             "refined_vectors": refinement.vectors,
@@ -319,6 +322,7 @@ def save_tensors(
             "losses": refinement.losses,
             "steps": torch.tensor(refinement.steps),
             "trajectory": refinement.trajectory,
+            "trajectory_metrics": torch.from_numpy(by_step.swapaxes(1, 2)),
         },
     )
 

@@ -122,3 +122,9 @@ def measure(rows: slice, scores: np.ndarray, dataset: RetrievalDataset) -> dict[
         for name, value in query_metrics(own_scores, relevant).items():
             metrics[name][query - rows.start] = value
     return metrics
+
+
+def measure_queries(queries: np.ndarray, documents: np.ndarray, dataset: RetrievalDataset) -> dict[str, np.ndarray]:
+    """Metrics of all queries, float64 [Q] by name; arguments as for :func:`score_blocks`."""
+    blocks = [measure(rows, scores, dataset) for rows, scores in score_blocks(queries, documents, dataset.repeats)]
+    return {name: np.concatenate([block[name] for block in blocks]) for name in METRICS}

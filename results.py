@@ -269,13 +269,13 @@ class RunFolder:
         content = text.getvalue().encode("utf-8", "surrogateescape")  # file names may hold any byte
         write_atomically(self.folder / f"{variant}_results.csv", lambda file: file.write(content))
 
-    def write_tensors(self, variant: str, query_ids: Sequence[str], tensors: dict[str, Any]) -> None:
-        """Write ``tensors/<variant>.safetensors`` from torch tensors by name; query ids as JSON in its metadata."""
+    def write_tensors(self, variant: str, names: dict[str, Sequence[str]], tensors: dict[str, Any]) -> None:
+        """Write ``tensors/<variant>.safetensors`` from torch tensors by name; ``names`` as JSON in its metadata."""
         from safetensors.torch import save
 
         (self.folder / "tensors").mkdir(exist_ok=True)
         tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-        content = save(tensors, metadata={"query_ids": json.dumps(list(query_ids))})
+        content = save(tensors, metadata={key: json.dumps(list(own)) for key, own in names.items()})
         write_atomically(self.folder / "tensors" / f"{variant}.safetensors", lambda file: file.write(content))
 
     @contextmanager

@@ -1,0 +1,135 @@
+"""Which pictures a report has, and their files.
+
+How they are drawn is in report_figures.py, what stands beside them in report_texts.yaml.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.figure import Figure
+
+import report_figures as draw
+from cache_utils import slug
+from report_ablations import Ablations
+from report_comparisons import Comparison
+from report_details import RunDetails
+from report_runs import RunRecord
+from results import VARIANTS
+
+PIXELS_AN_INCH = 96
+MOST_RUNS = 30  # in a picture with a bar a run
+TEXTS = Path(__file__).resolve().parent / "report_texts.yaml"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in the report.
+
+    Attributes:
+        name: of its files in ``figures/``, without the ending.
+        title: what it shows.
+        how: how to read it: what is compared, over how many queries, what it does not show.
+        image: the SVG as a data URI.
+        width, height: on the page, in pixels.
+    """
+
+    name: str
+    title: str
+    how: str
+    image: str
+    width: int
+    height: int
+
+
+class PictureBook:
+    """Draws and writes the pictures of one report.
+
+    Args:
+        folder: where the files go; it exists.
+        metric: the figure that is compared.
+        baseline: the variant that others are compared with.
+        label: from a run to the name of its embedding model and settings.
+
+    Attributes:
+        files: what was written.
+    """
+
+    def __init__(self, folder: Path, metric: str, baseline: str, label: Callable[[RunRecord], str]) -> None:
+        self.folder, self.metric, self.baseline, self.label = folder, metric, baseline, label
+        self.files: list[Path] = []
+        self._texts = yaml.safe_load(TEXTS.read_text(encoding="utf-8"))
+
+    def _add(self, name: str, text: str, make: Callable[[], Figure], cut: str = "", **words: Any) -> Picture:
+        """Draw one picture and write its files; ``words`` go into its title and explanation, ``cut`` behind them."""
+        with draw.drawing():
+            figure = make()
+            self.files += draw.save(figure, self.folder, name)
+        image = "data:image/svg+xml;base64," + base64.b64encode(self.files[-1].read_bytes()).decode()
+        words |= {"metric": self.metric, "baseline": VARIANTS[self.baseline]}
+        title, how = (self._texts[text][part].format(**words) for part in ("title", "how"))
+        width, height = (round(PIXELS_AN_INCH * inches) for inches in figure.get_size_inches())
+        return Picture(name, title, how + cut, image, width, height)
+
+    def bars(self, rows: Sequence[Comparison]) -> Picture:
+        """Means of all variants, with intervals."""
+        systems, datasets = {self.label(row.run) for row in rows}, {row.run.dataset for row in rows}
+        cut = _cut(len(systems), draw.MOST_SYSTEMS, "groups") + _cut(len(datasets), draw.MOST_PANELS, "datasets")
+        return self._add("bars", "bars", partial(draw.bars, rows, self.label, self.metric), cut)
+
+    def ablations(self, found: Ablations) -> list[Picture]:
+        """A picture for each setting that varies, and for each pair of them."""
+        pictures = []
+        for axis, lines in found.lines.items():
+            cut = _cut(len(set(draw.line_names(lines))), len(draw.LINES), "lines")
+            cut += _cut(len({line.dataset for line in lines}), draw.MOST_PANELS, "datasets")
+            words = {"axis": axis, "points": sum(len(line.values) for line in lines)}
+            make = partial(draw.ablation, axis, lines, self.metric)
+            pictures.append(self._add(f"ablation_{slug(axis)}", "ablation", make, cut, **words))
+        for pair, maps in found.heat_maps.items():
+            cut = _cut(len(maps), draw.MOST_PANELS, "panels")
+            words = {"axis": " and ".join(pair), "variant": VARIANTS[maps[0].variant], "queries": maps[0].queries}
+            make = partial(draw.heat_map, pair, maps, self.metric)
+            pictures.append(self._add("_".join(["heat_map", *map(slug, pair)]), "heat_map", make, cut, **words))
+        return pictures
+
+    def details(self, own: RunDetails, prefix: str) -> list[Picture]:
+        """What one run's folder shows beyond its figures."""
+        queries = {"queries": len(own.run.topics)}
+        make = partial(draw.before_and_after, own.run, self.baseline, self.metric)
+        pictures = [self._add(f"{prefix}_before_after", "before_after", make, **queries)]
+        if own.separation:
+            make = partial(draw.separation, own.separation)
+            pictures.append(self._add(f"{prefix}_separation", "separation", make, **queries))
+        if own.steps:
+            make = partial(draw.refinement_steps, own.steps, self.metric)
+            pictures.append(self._add(f"{prefix}_steps", "steps", make, **queries))
+        if teacher := own.teacher:
+            auc = "not defined" if teacher.auc != teacher.auc else f"{teacher.auc:.3f}"
+            words = {"teacher": own.run.setting("teacher"), "variant": VARIANTS[own.variant], "auc": auc}
+            words["documents"] = f"{len(teacher.relevant) + len(teacher.other):,}"
+            text = "oracle" if own.run.is_oracle else "teacher"
+            pictures.append(self._add(f"{prefix}_teacher", text, partial(draw.teacher_scores, teacher), **words))
+        return pictures
+
+    def price(self, runs: Sequence[RunRecord]) -> list[Picture]:
+        """Seconds, tokens and cost."""
+        shortest_shown = sorted(map(draw.total_seconds, runs))[-MOST_RUNS:][0]
+        slowest = [run for run in runs if draw.total_seconds(run) >= shortest_shown][:MOST_RUNS]
+        make = partial(draw.seconds_by_stage, slowest, self.label)
+        pictures = [self._add("seconds", "seconds", make, _cut(len(runs), MOST_RUNS, "runs, the slowest"))]
+        if asked := [run for run in runs if draw.language_models(run)]:
+            make = partial(draw.tokens, asked[:MOST_RUNS], self.label)
+            pictures.append(self._add("tokens", "tokens", make, _cut(len(asked), MOST_RUNS, "runs")))
+        return pictures
+
+
+def _cut(there_are: int, most: int, what: str) -> str:
+    """A sentence for what did not fit into a picture; empty where all did."""
+    return f" Shown are {most} of {there_are} {what}." if there_are > most else ""

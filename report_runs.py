@@ -1,0 +1,394 @@
+"""The runs that a report is about: finding them, reading their figures, telling which may be compared. Draws nothing.
+
+A run that is damaged, half written or not comparable is left out with the reason, and never stops the report.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from errors import UserError
+from experiment_config import ExperimentConfig, fields, short_hash
+from results import LOCK, VARIANTS, read_json, variant_files
+
+# Flags that stand in a run's settings under another name, or only say which variants there are.
+NAMED_APART = ("dataset", "embedding_model", "computation_types", "reranker_model", "optimize_with_gold",
+               "llm_score_mode")  # fmt: skip
+# Which setting accounts for which fact: runs that differ in the setting may differ in these.
+ACCOUNTS_FOR = {
+    "teacher": ("teacher's prompt or weights",),
+    "judge_max_characters": ("teacher's prompt or weights",),
+    "reranker_dtype": ("teacher's prompt or weights",),
+    "reranker_max_tokens": ("teacher's prompt or weights",),
+    "hyde_model": ("HyDE prompt",),
+    "hyde_samples": ("HyDE prompt",),
+    "instruction_templates": (
+        *("query template", "document template", "instruction", "HyDE prompt"),
+        "teacher's prompt or weights",
+    ),
+}
+MEANS_AGREE = 1e-5  # a mean over figures of six digits against the one in summary.json
+
+
+class Damaged(Exception):  # noqa: N818
+    """A run that cannot be reported; the text says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """One completed run, as far as a report needs it.
+
+    Attributes:
+        folder: where it lies.
+        config, summary: its ``config.json`` and ``summary.json``.
+        dataset, model: as people read them; two datasets or models under one name have their hash behind it.
+        settings: all else that was chosen and changes a figure, by name.
+        facts: what figures depend on beside the settings.
+        topics: names of the Q queries.
+        values: variant to float64 [Q], the metric of each query; NaN where a query has none.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    dataset: str
+    model: str
+    settings: dict[str, Any]
+    facts: dict[str, Any]
+    topics: tuple[str, ...]
+    values: dict[str, np.ndarray]
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether the gold labels were the teacher."""
+        return bool(self.config["flags"].get("optimize_with_gold"))
+
+    def mean(self, variant: str) -> float:
+        """The mean over the queries that have a figure; minus infinity where none has."""
+        known = self.values[variant][~np.isnan(self.values[variant])]
+        return float(known.mean()) if len(known) else -math.inf
+
+    def setting(self, name: str) -> str:
+        """A setting for tables."""
+        return shown(self.settings.get(name))
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A folder that is not part of the report, and why."""
+
+    folder: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What a report is about.
+
+    Attributes:
+        records: by dataset, model and settings; no two agree in dataset, model and the axes.
+        axes: the settings that vary across the runs, in the order of the flags.
+        left_out: and why.
+    """
+
+    records: list[RunRecord]
+    axes: tuple[str, ...]
+    left_out: list[LeftOut]
+
+    def key(self, record: RunRecord) -> tuple[str, str, tuple[str, ...]]:
+        """Dataset, model, and the values of the axes."""
+        return record.dataset, record.model, tuple(record.setting(axis) for axis in self.axes)
+
+
+def shown(value: Any) -> str:
+    """A value for tables: a dash for none, a short form for a number."""
+    if value is None:
+        return "-"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- Finding ---------------------------------------------------------------------------------------------------------
+
+
+def find_run_folders(paths: Sequence[Path]) -> list[Path]:
+    """The folders of runs among ``paths``: a run's own, all below a folder, or those that a grid's summary lists.
+
+    Raises:
+        UserError: a path is none of these.
+    """
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            folders: Iterable[Path] = _below(path)
+        elif path.is_file() and path.suffix == ".csv":
+            folders = _listed(path)
+        elif path.exists():
+            raise UserError(f"{path}: is neither a folder nor the _grid.csv of run_experiments.py")
+        else:
+            raise UserError(f"{path}: there is no such folder")
+        for folder in folders:
+            found.setdefault(folder.resolve(), folder)
+    return sorted(found.values())
+
+
+def _below(path: Path) -> Iterator[Path]:
+    for name, subfolders, files in os.walk(path):
+        if "config.json" in files or LOCK in files or any(variant_files(v)[0] in files for v in VARIANTS):
+            subfolders.clear()
+            yield Path(name)
+        subfolders[:] = sorted(own for own in subfolders if not own.startswith("."))
+
+
+def _listed(path: Path) -> Iterator[Path]:
+    """The folders of a grid's summary; relative to where the grid was run, or else beside the summary."""
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        try:
+            names = [row["folder"] for row in csv.DictReader(file)]
+        except (csv.Error, KeyError):
+            raise UserError(f"{path}: has no column 'folder'; expected the _grid.csv of run_experiments.py") from None
+    for name in names:
+        beside = path.parent / Path(name).name
+        yield Path(name) if Path(name).is_dir() or not beside.is_dir() else beside
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_runs(folders: Iterable[Path], metric: str) -> tuple[list[RunRecord], list[LeftOut]]:
+    """Read all runs; those that cannot be are left out with the reason.
+
+    Args:
+        folders: from :func:`find_run_folders`.
+        metric: the figure to compare, a column of the result files.
+    """
+    records: list[RunRecord] = []
+    left_out: list[LeftOut] = []
+    topics: dict[tuple[str, ...], tuple[str, ...]] = {}  # runs on one dataset share them
+    for folder in folders:
+        try:
+            record = read_run(folder, metric)
+        except Damaged as error:
+            left_out.append(LeftOut(folder, str(error)))
+            continue
+        records.append(dataclasses.replace(record, topics=topics.setdefault(record.topics, record.topics)))
+    return records, left_out
+
+
+def read_run(folder: Path, metric: str) -> RunRecord:
+    """Read one run.
+
+    Raises:
+        Damaged: it is not completed, or a file is missing or does not hold what the run wrote.
+    """
+    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    if not config:
+        raise Damaged("config.json is missing or cannot be read")
+    status = config.get("status")
+    if status == "running":
+        raise Damaged("still running, or stopped without a word")
+    if status != "completed":
+        raise Damaged(f"{status}: {config['reason']}" if config.get("reason") else f"status is {status!r}")
+    if not summary:
+        raise Damaged("summary.json is missing or cannot be read")
+    try:
+        settings, facts = _settings(config), _facts(config)
+        names = (config["dataset"]["name"], config["model"]["name"])
+        means, n_queries = summary["means"], int(summary["queries"])
+        variants = [variant for variant in VARIANTS if variant in means]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Damaged(f"config.json or summary.json lacks what runs write there ({error})") from None
+    topics: tuple[str, ...] | None = None
+    values = {}
+    for variant in variants:
+        path = folder / variant_files(variant)[0]
+        own, values[variant] = _read_metric(path, metric)
+        if len(own) != n_queries or len(set(own)) != len(own):
+            raise Damaged(f"{path.name} has {len(set(own))} topics, summary.json says {n_queries}")
+        if topics not in (None, own):
+            raise Damaged(f"{path.name} has other topics than the run's other files")
+        topics = own
+        _check_mean(path.name, metric, values[variant], means[variant])
+    if topics is None:
+        raise Damaged("summary.json names no variant")
+    return RunRecord(folder, config, summary, *names, settings, facts, topics, values)
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What was chosen: the flags that change a figure, and the teacher as it was."""
+    flags, teacher = config["flags"], config["teacher"]
+    mode = teacher.get("score_mode")
+    settings = {"teacher": f"{teacher['name']} ({mode})" if mode in ("yes_no", "verbalized") else teacher["name"]}
+    for field in fields(ExperimentConfig):
+        if field.metadata["changes_results"] and field.name not in NAMED_APART:
+            settings[field.name] = flags.get(field.name, field.default)  # a flag younger than the run
+    settings["embedder_dtype"] = config["model"]["dtype"]
+    settings["instruction_templates"] = Path(settings["instruction_templates"]).name
+    if settings["scores_from_top"] == min(ExperimentConfig.scores_from_top, settings["total_scores"]):
+        settings["scores_from_top"] = None  # follows --total_scores
+    return settings
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands behind the settings: contents rather than names."""
+    templates, hyde = config["templates"], config.get("hyde")
+    return {
+        "dataset": config["dataset"]["fingerprint"],
+        "model": config["model"]["identity"],
+        "query template": templates["query"],
+        "document template": templates["document"],
+        "instruction": templates["instruction"],
+        "teacher's prompt or weights": short_hash(config["teacher"].get("identity")),
+        "HyDE prompt": short_hash(hyde["identity"]) if hyde else None,
+    }
+
+
+def _read_metric(path: Path, metric: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """The topics and one metric of a result file.
+
+    Raises:
+        Damaged: it cannot be read, or lacks the metric.
+    """
+    try:
+        table = pa_csv.read_csv(
+            path,
+            read_options=pa_csv.ReadOptions(use_threads=False),
+            parse_options=pa_csv.ParseOptions(newlines_in_values=True),
+            convert_options=pa_csv.ConvertOptions(
+                include_columns=["topic", metric], column_types={"topic": pa.binary(), metric: pa.float64()}
+            ),
+        )
+    except KeyError:
+        raise Damaged(f"{path.name} has no column {metric!r}") from None
+    except FileNotFoundError:
+        raise Damaged(f"{path.name} is missing") from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise Damaged(f"{path.name} cannot be read ({str(error).splitlines()[0][:200]})") from None
+    topics = tuple((own or b"").decode("utf-8", "replace") for own in table["topic"].to_pylist())
+    return topics, table[metric].to_numpy().astype(np.float64)
+
+
+def _check_mean(name: str, metric: str, values: np.ndarray, means: Mapping[str, float | None]) -> None:
+    """Raise :class:`Damaged` where the figures of a file are not those that the summary was made from."""
+    finite = values[~np.isnan(values)]
+    mean = float(finite.mean()) if len(finite) else None
+    said = means.get(metric) if isinstance(means, Mapping) else None
+    if (mean is None) != (said is None) or (mean is not None and not abs(mean - said) < MEANS_AGREE):
+        raise Damaged(f"{name} gives a mean {metric} of {shown(mean)}, summary.json says {shown(said)}")
+
+
+def metrics_of(folders: Iterable[Path]) -> list[str]:
+    """The metrics that the first readable result file has; empty where there is none."""
+    for folder in folders:
+        for name in (variant_files(variant)[0] for variant in VARIANTS):
+            try:
+                with open(folder / name, newline="", encoding="utf-8", errors="replace") as file:
+                    header = next(csv.reader(file), [])
+            except (OSError, csv.Error):
+                continue
+            if "query_id" in header:
+                return header[1 : header.index("query_id")]
+    return []
+
+
+# --- Comparing -------------------------------------------------------------------------------------------------------
+
+
+def comparable(records: Sequence[RunRecord], left_out: Sequence[LeftOut], baseline: str) -> Runs:
+    """Find what varies, and leave out runs of which two would be in one place of the table.
+
+    Of runs with the same settings and facts the latest counts. Runs with the same settings that differ in something
+    the table does not show are all left out, with the difference named.
+    """
+    left_out = list(left_out)
+    with_baseline = [record for record in records if baseline in record.values]
+    left_out += [
+        LeftOut(record.folder, f"has no {VARIANTS[baseline]} queries ({variant_files(baseline)[0]}) to compare with")
+        for record in records
+        if baseline not in record.values
+    ]
+    named = _short_names(with_baseline)
+    axes = tuple(
+        name
+        for name in (named[0].settings if named else ())
+        if len({record.setting(name) for record in named}) > 1
+    )
+    runs = Runs([], axes, left_out)
+    places: dict[tuple, list[RunRecord]] = {}
+    for record in named:
+        places.setdefault(runs.key(record), []).append(record)
+    for own in places.values():
+        if unlike := different_facts(own):
+            names = ", ".join(str(record.folder) for record in own)
+            reason = f"same settings, but they differ in {', '.join(unlike)}, which the table does not show: {names}"
+            left_out += [LeftOut(record.folder, reason) for record in own]
+            continue
+        latest = max(own, key=lambda record: str(record.config.get("started")))
+        runs.records.append(latest)
+        left_out += [
+            LeftOut(record.folder, f"the same experiment as {latest.folder}, which is later")
+            for record in own
+            if record is not latest
+        ]
+    runs.records.sort(key=lambda record: _order(record, axes))
+    return runs
+
+
+def different_facts(records: Sequence[RunRecord], by: Iterable[str] = ()) -> list[str]:
+    """The facts in which runs differ that differences in the settings ``by`` do not account for."""
+    expected = {fact for setting in by for fact in ACCOUNTS_FOR.get(setting, ())}
+    return [
+        fact
+        for fact in (records[0].facts if records else ())
+        if fact not in expected and len({str(record.facts[fact]) for record in records}) > 1
+    ]
+
+
+def _short_names(records: Sequence[RunRecord]) -> list[RunRecord]:
+    """Datasets and models by their last names where these tell them apart, else with a hash of what they are."""
+    dataset_of = _labels({(r.dataset, r.facts["dataset"]) for r in records})
+    model_of = _labels({(r.model, r.facts["model"]) for r in records})
+    return [
+        dataclasses.replace(
+            record,
+            dataset=dataset_of[record.dataset, record.facts["dataset"]],
+            model=model_of[record.model, record.facts["model"]],
+        )
+        for record in records
+    ]
+
+
+def _labels(things: Iterable[tuple[str, Any]]) -> dict[tuple[str, Any], str]:
+    things = set(things)
+    last = {name: name.rstrip("/").rsplit("/", 1)[-1] for name, _ in things}
+    labels = {}
+    for name, identity in things:
+        same_last = {other for other in last if last[other] == last[name]}
+        label = last[name] if len(same_last) == 1 else name
+        several = len({other for other in things if other[0] == name}) > 1
+        labels[name, identity] = f"{label} [{short_hash(identity)[:6]}]" if several else label
+    return labels
+
+
+def _order(record: RunRecord, axes: Sequence[str]) -> tuple:
+    """Datasets and models by name, settings by value, numbers before words."""
+    return record.dataset.lower(), record.model.lower(), *(in_order(record.settings.get(axis)) for axis in axes)
+
+
+def in_order(value: Any) -> tuple[int, float, str]:
+    """A key that puts nothing first, then numbers by size, then words."""
+    if value is None:
+        return 0, 0.0, ""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return 2, 0.0, str(value)
+    return 1, float(value), ""

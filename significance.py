@@ -1,0 +1,149 @@
+"""How sure a difference between two rankings' figures is. Arrays in, arrays out; knows no run, no metric and no file.
+
+Columns of one number of queries are treated together: one matrix of random signs, or of how often a resample holds each
+query, is multiplied with all of them. The seed is fixed, so that the same figures give the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+SEED = 0
+CONFIDENCE = 0.95
+BOOTSTRAP_RESAMPLES = 10_000
+LEAST_RESAMPLES, MOST_RESAMPLES = 9_999, 199_999  # of the randomisation test; an odd number, so that 1 + R is round
+RESAMPLES_A_TEST = 50  # how much finer than Holm's smallest threshold a p-value must be
+CHUNK_CELLS = 1 << 22  # resamples × queries, or × columns, held at once: 32 MiB
+CHUNK_COLUMNS = 256
+
+
+def resamples_for(tests: int, alpha: float = 0.05) -> int:
+    """How many resamples ``tests`` p-values need, so that Holm's correction can find the smallest significant.
+
+    A p-value is at least ``1 / (1 + resamples)``, and Holm compares the smallest with ``alpha / tests``.
+    """
+    wanted = int(np.ceil(RESAMPLES_A_TEST * tests / alpha)) - 1
+    return min(max(wanted, LEAST_RESAMPLES), MOST_RESAMPLES)
+
+
+def randomisation_test(differences: np.ndarray, resamples: int = LEAST_RESAMPLES) -> np.ndarray:
+    """Two-sided p of the paired randomisation test: how often random signs alone give as large a mean difference.
+
+    Under the null hypothesis either system could have had either figure of a query, so each difference's sign is a
+    coin toss (Fisher 1935; for retrieval: Smucker, Allan and Carterette 2007). All sign patterns are gone through where
+    there are no more than ``resamples + 1``; else ``p = (1 + as large) / (1 + resamples)``, which is never 0.
+
+    Args:
+        differences: float64 [n, C], a row a query, a column a comparison; finite.
+        resamples: how many patterns to draw.
+
+    Returns:
+        float64 [C], NaN for fewer than two queries.
+    """
+    n, n_columns = differences.shape
+    if n < 2:
+        return np.full(n_columns, np.nan)
+    observed = np.abs(differences.sum(axis=0))
+    observed -= 1e-10 * np.abs(differences).sum(axis=0)  # equal sums may differ in last bits
+    exact = n < 60 and 2**n <= resamples + 1
+    as_large = np.zeros(n_columns, dtype=np.int64)
+    for signs in _all_signs(n) if exact else _random_signs(n, resamples):
+        for columns in _pieces(n_columns):
+            sums = signs @ differences[:, columns]
+            as_large[columns] += (np.abs(sums) >= observed[columns]).sum(axis=0)
+    return as_large / 2**n if exact else (1 + as_large) / (1 + resamples)
+
+
+def _all_signs(n: int) -> Iterator[np.ndarray]:
+    """All 2^n patterns of signs, float64 [some, n] at a time."""
+    first = 0
+    for size in _chunks(n, 2**n):
+        yield 1.0 - 2.0 * ((np.arange(first, first + size)[:, None] >> np.arange(n)) & 1)
+        first += size
+
+
+def _random_signs(n: int, resamples: int) -> Iterator[np.ndarray]:
+    """Random patterns of signs, float64 [some, n] at a time."""
+    random = np.random.default_rng(SEED)
+    for size in _chunks(n, resamples):
+        yield 1.0 - 2.0 * random.integers(0, 2, (size, n), dtype=np.int8)
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = BOOTSTRAP_RESAMPLES) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile bootstrap interval of the mean over queries (Efron and Tibshirani 1993, chapter 13), 95 %.
+
+    For paired differences the queries are resampled in pairs, since a row is a query.
+
+    Args:
+        values: float64 [n, C], a row a query; finite.
+        resamples: how many sets of n queries to draw, with replacement.
+
+    Returns:
+        lower and upper ends, float64 [C] each; NaN for fewer than two queries.
+    """
+    n, n_columns = values.shape
+    low, high = np.full(n_columns, np.nan), np.full(n_columns, np.nan)
+    if n < 2:
+        return low, high
+    tail = 100 * (1 - CONFIDENCE) / 2
+    for columns in _pieces(n_columns):
+        own = values[:, columns]
+        means = np.concatenate([counts @ own for counts in _random_counts(n, resamples)]) / n
+        low[columns], high[columns] = np.percentile(means, [tail, 100 - tail], axis=0)
+    return low, high
+
+
+def _random_counts(n: int, resamples: int) -> Iterator[np.ndarray]:
+    """How often each of n queries is drawn in n draws with replacement, float64 [some, n] at a time."""
+    random = np.random.default_rng(SEED)
+    for size in _chunks(n, resamples):
+        drawn = random.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
+
+
+def _chunks(n: int, resamples: int) -> Iterator[int]:
+    """Sizes of pieces of the resamples that fit into memory."""
+    size = max(1, CHUNK_CELLS // max(n, CHUNK_COLUMNS))
+    for first in range(0, resamples, size):
+        yield min(size, resamples - first)
+
+
+def _pieces(n_columns: int) -> Iterator[slice]:
+    for first in range(0, n_columns, CHUNK_COLUMNS):
+        yield slice(first, min(first + CHUNK_COLUMNS, n_columns))
+
+
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """Holm's step-down correction for testing several hypotheses (Holm 1979).
+
+    The i-th smallest of m p-values is multiplied by ``m − i + 1``; none may be below a smaller one's, nor above 1.
+    Comparing the result with alpha keeps the chance of a single false discovery in the whole table at alpha.
+
+    Args:
+        p_values: float64 [m]; NaN for hypotheses that were not tested, which do not count.
+
+    Returns:
+        float64 [m], adjusted, NaN where they were NaN.
+    """
+    adjusted = np.full(len(p_values), np.nan)
+    tested = np.flatnonzero(~np.isnan(p_values))
+    order = tested[np.argsort(p_values[tested], kind="stable")]
+    factors = np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(factors * p_values[order]))
+    return adjusted
+
+
+def borda_points(means: np.ndarray) -> np.ndarray:
+    """Borda count: how many other systems a system beats on a dataset, a tie counting half, summed over datasets.
+
+    Args:
+        means: float64 [datasets, systems], higher is better, finite.
+
+    Returns:
+        float64 [systems], from 0 to ``datasets × (systems − 1)``.
+    """
+    beats = means[:, :, None] > means[:, None, :]
+    ties = means[:, :, None] == means[:, None, :]
+    return beats.sum(axis=(0, 2)) + (ties.sum(axis=(0, 2)) - len(means)) / 2
