@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shlex
 import sys
 import time
@@ -30,11 +31,12 @@ from experiment_config import (
     parse_words,
 )
 from report_ablations import Ablations, find_ablations
+from report_axes import Runs, comparable
 from report_comparisons import Averages, Comparison, average, compare
 from report_details import closest_variant, read_details
 from report_page import described_run, detailed_run, headline, render, usage_table
 from report_pictures import PictureBook
-from report_runs import RunRecord, Runs, comparable, find_run_folders, metrics_of, read_runs
+from report_runs import RunRecord, find_run_folders, metrics_of, read_runs
 from report_tables import Table, as_latex, as_markdown, as_text, averages_csv, averages_table, main_csv, main_table
 from results import VARIANTS, read_json, write_json
 from run_log import start_logging
@@ -239,7 +241,7 @@ def in_detail(runs: Runs, flags: ReportFlags) -> list[RunRecord]:
     """The runs to look at closely: of each dataset in turn the next one by the mean of its refined queries."""
     of_dataset: dict[str, list[RunRecord]] = {}
     for run in sorted(runs.records, key=lambda run: -run.mean(closest_variant(run, flags.baseline))):
-        if len(run.values) > 1:
+        if len(run.values) > 1 and math.isfinite(run.mean(flags.baseline)):
             of_dataset.setdefault(run.dataset, []).append(run)
     turns = sorted((nth, dataset) for dataset, own in of_dataset.items() for nth in range(len(own)))
     return [of_dataset[dataset][nth] for nth, dataset in turns[: flags.details]]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from report_runs import RunRecord, Runs, different_facts, in_order
+from report_axes import Runs, different_facts, in_order
+from report_runs import RunRecord
 from significance import bootstrap_interval
 
 MOST_PAIRS = 3  # of axes, as heat maps
@@ -96,7 +97,7 @@ def _all_heat_maps(runs: Runs, baseline: str) -> tuple[dict[tuple[str, str], lis
         for own in _groups(runs, pair):
             if unlike := different_facts(own, by=pair):
                 refused.append(_refusal(own, pair, unlike))
-            elif all(len({record.setting(axis) for record in own}) > 1 for axis in pair):
+            elif all(_differ_in_it_alone(own, axis, pair) for axis in pair):
                 found += _heat_maps(own, pair, runs, baseline)
         if found and len(heat_maps) < MOST_PAIRS:
             heat_maps[pair] = found
@@ -112,6 +113,12 @@ def _groups(runs: Runs, free: Sequence[str]) -> list[list[RunRecord]]:
     for record in runs.records:
         groups.setdefault((record.dataset, record.model, *map(record.setting, fixed)), []).append(record)
     return [own for own in groups.values() if len(own) > 1]
+
+
+def _differ_in_it_alone(own: Sequence[RunRecord], axis: str, pair: Sequence[str]) -> bool:
+    """Whether some of the runs agree in the other setting of the pair."""
+    (other,) = (name for name in pair if name != axis)
+    return len({record.setting(other) for record in own}) < len(own)
 
 
 def _refusal(own: Sequence[RunRecord], axes: Sequence[str], unlike: Sequence[str]) -> str:

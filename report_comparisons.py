@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from report_runs import RunRecord, Runs
+from report_axes import Runs
+from report_runs import RunRecord
+from results import VARIANTS
 from significance import bootstrap_interval, borda_points, holm, randomisation_test, resamples_for
 
 ALPHA = 0.05
@@ -161,8 +163,10 @@ def average(runs: Runs, baseline: str) -> Averages:
         for variant in run.values:
             systems.setdefault((model, settings, variant), {})[dataset] = run
     complete = _merged({system: own for system, own in systems.items() if len(own) == len(datasets)})
-    incomplete = [system for system, own in systems.items() if len(own) < len(datasets) and system[2] == baseline]
-    result.refused = [_why_no_average(system, systems, runs) for system in incomplete]
+    incomplete = [system for system, own in systems.items() if len(own) < len(datasets)]
+    # Where the baseline is not complete either, it says all.
+    told = [own for own in incomplete if own[2] == baseline or (*own[:2], baseline) not in incomplete]
+    result.refused = [_why_no_average(system, systems, runs) for system in told]
     if not complete:
         return result
     means, changes = np.empty((len(datasets), len(complete))), np.empty((len(datasets), len(complete)))
@@ -208,7 +212,7 @@ def _why_no_average(system: tuple, systems: dict[tuple, dict[str, RunRecord]], r
         for i, axis in enumerate(runs.axes)
         if elsewhere and all(own[1][i] != settings[i] for own in elsewhere)
     ]
-    name = ", ".join([model, *_named(runs.axes, settings)])
+    name = ", ".join([model, *_named(runs.axes, settings), VARIANTS[variant]])
     reason = f"its runs there differ in {' and '.join(differ)}" if differ else "there is no such run"
     return f"{name}: not on {', '.join(missing)}; {reason}"
 

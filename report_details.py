@@ -145,7 +145,7 @@ def read_details(run: RunRecord, baseline: str, metric: str) -> RunDetails:
         except Damaged as error:
             missing.append(str(error))
     if not steps and not missing:
-        missing.append("no tensors: repeat the run with --save_tensors to see loss and metric over the steps")
+        missing.append("loss and metric over the steps, which a run keeps with --save_tensors")
     return RunDetails(run, variant, separation, teacher, helped, hurt, steps, missing)
 
 

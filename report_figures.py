@@ -58,8 +58,8 @@ STAGE_STYLES = ((BLUE, ""), (ORANGE, "////"), (PINK, "...."), (GREEN, "xxxx"), (
 
 
 def clip(text: str, longest: int = LONGEST_LABEL) -> str:
-    """One line, cut in the middle of a word if need be, with an ellipsis where something is left out."""
-    text = " ".join(text.split())
+    """One line of letters that can be shown, with an ellipsis where something is left out."""
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
 
 
@@ -84,6 +84,7 @@ def _panels(count: int, width: float, height: float, columns: int = 3, **options
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(max(width * columns, 4.5), height * rows), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1)
     axes = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
     for unused in axes[count:]:
         unused.set_visible(False)
@@ -105,15 +106,17 @@ def bars(rows: Sequence[Comparison], label: Callable[[RunRecord], str], metric: 
     systems = list(dict.fromkeys(label(row.run) for row in rows))[:MOST_SYSTEMS]
     variants = [variant for variant in VARIANTS if any(row.variant == variant for row in rows)]
     thickness = 0.8 / len(variants)
-    figure, axes = _panels(len(datasets), 3.4, 0.8 + 0.14 * len(systems) * (len(variants) + 1), sharey=True)
+    names = [clip(system) for system in systems]
+    width = 2.7 + 0.03 * max(map(len, names))  # the names stand on the left of three panels
+    figure, axes = _panels(len(datasets), width, 0.8 + 0.14 * len(systems) * (len(variants) + 1), sharey=True)
     for panel, dataset in zip(axes, datasets, strict=True):
         own = {(label(row.run), row.variant): row for row in rows if row.run.dataset == dataset}
         for j, variant in enumerate(variants):
             found = [(i, own[system, variant]) for i, system in enumerate(systems) if (system, variant) in own]
             places = np.array([i for i, _ in found]) + (j + 0.5) * thickness - 0.4
             _bars_of(panel, places, [row for _, row in found], variant, thickness)
-        panel.set_title(f"{clip(dataset, 24)}, {_queries(row.queries for row in own.values())}")
-        panel.set_yticks(range(len(systems)), [clip(system) for system in systems])
+        panel.set_title(f"{clip(dataset, 20)}, {_queries(row.queries for row in own.values())}")
+        panel.set_yticks(range(len(systems)), names)
         panel.set_ylim(len(systems) - 0.5, -0.5)
         panel.set_xlabel(f"mean {metric}")
         panel.xaxis.set_major_locator(MaxNLocator(5))
@@ -238,15 +241,16 @@ def before_and_after(run: RunRecord, baseline: str, metric: str) -> Figure:
     margin = 0.03 * max(high - low, 0.01)
     for panel, variant in zip(axes, variants, strict=True):
         change = run.values[variant] - before
+        counts = []
         for which, colour, marker, name in (
             (change > EQUAL, BLUE, "o", "better"),
-            (change < -EQUAL, RED, "v", "worse"),
             (np.abs(change) <= EQUAL, BLACK, "x", "equal"),
+            (change < -EQUAL, RED, "v", "worse"),
         ):
-            if not which.any():
-                continue
+            counts.append(f"{int(which.sum())} {name}")
             panel.scatter(before[which], run.values[variant][which], s=14, color=colour, marker=marker, alpha=0.7,
-                          linewidths=0.8, label=f"{name} ({int(which.sum())})")  # fmt: skip
+                          linewidths=0.8, label=name)  # fmt: skip
+        panel.set_title(", ".join(counts))
         panel.plot([0, 1], [0, 1], color="black", linewidth=0.8, transform=panel.transAxes)
         panel.set_xlim(low - margin, high + margin)
         panel.set_ylim(low - margin, high + margin)
@@ -254,7 +258,7 @@ def before_and_after(run: RunRecord, baseline: str, metric: str) -> Figure:
         panel.set_xlabel(f"{metric}, {VARIANTS[baseline]}")
         panel.set_ylabel(f"{metric}, {VARIANTS[variant]}")
         panel.grid(color="0.9")
-        panel.legend(loc="lower right", handletextpad=0.2, borderpad=0.2)
+    _legend(figure, axes[:1])
     return figure
 
 
@@ -263,12 +267,12 @@ def separation(of_variants: Mapping[str, Separation]) -> Figure:
     figure, axes = _panels(len(of_variants), 3.2, 2.6, columns=2, sharex=True)
     for panel, (variant, own) in zip(axes, of_variants.items(), strict=True):
         edges = own.edges[:: len(own.relevant) // DRAWN_BINS]
-        for counts, colour, hatch, name in ((own.other, GREY, "", "other"), (own.relevant, BLUE, "////", "relevant")):
+        for counts, colour, line, name in ((own.other, GREY, BLACK, "other"), (own.relevant, BLUE, BLUE, "relevant")):
             binned = counts.reshape(DRAWN_BINS, -1).sum(axis=1)
             density = binned / max(binned.sum(), 1) / np.diff(edges)
-            panel.stairs(density, edges, fill=True, facecolor=(colour, 0.45), edgecolor=colour, hatch=hatch,
-                         label=f"{name} ({int(counts.sum()):,} pairs)")  # fmt: skip
-            panel.stairs(density, edges, color="black" if name == "other" else BLUE, linewidth=0.9)
+            label = f"{name} ({int(counts.sum()):,} pairs)"
+            panel.stairs(density, edges, fill=True, color=(colour, 0.45), label=label)
+            panel.stairs(density, edges, color=line, linewidth=0.9)
         panel.set_title(f"{VARIANTS[variant]}: AUC {own.auc:.4f}")
         panel.set_xlabel("cosine of query and document")
         panel.set_ylabel("density")
@@ -304,13 +308,11 @@ def teacher_scores(teacher: TeacherScores) -> Figure:
     low, high = float(both.min()), float(both.max())
     edges = np.linspace(low, high, 21) if high > low else np.array([low - 0.5, low + 0.5])
     middle, width = (edges[:-1] + edges[1:]) / 2, np.diff(edges) * 0.45
-    for shift, scores, colour, hatch, name in (
-        (-0.5, teacher.other, GREY, "", "other"),
-        (0.5, teacher.relevant, BLUE, "////", "relevant"),
-    ):
+    kinds = ((-0.5, teacher.other, GREY, "other"), (0.5, teacher.relevant, BLUE, "relevant"))
+    for shift, scores, colour, name in kinds:
         share = np.histogram(scores, edges)[0] / max(len(scores), 1)
-        panel.bar(middle + shift * width, share, width, color=colour, hatch=hatch, edgecolor=HATCH_INK, linewidth=0,
-                  label=f"{name} ({len(scores):,} documents)")  # fmt: skip
+        label = f"{name} ({len(scores):,} documents)"
+        panel.bar(middle + shift * width, share, width, color=colour, label=label)
     panel.set_xlabel("teacher's score")
     panel.set_ylabel("share of its kind")
     panel.grid(axis="y", color="0.9")

@@ -10,11 +10,12 @@ from typing import Any
 
 import jinja2
 
+from report_axes import Runs
 from report_comparisons import Comparison
 from report_details import QueryChange, RunDetails
 from report_figures import clip, language_models
 from report_pictures import Picture
-from report_runs import RunRecord, Runs
+from report_runs import RunRecord
 from report_tables import Table, number, signed
 from results import VARIANTS
 
@@ -28,7 +29,7 @@ class DetailedRun:
 
     name: str
     pictures: list[Picture]
-    sentences: list[str]
+    missing: list[str]
     has_queries: bool
     metric: str
     baseline: str

@@ -1,6 +1,6 @@
-"""The runs that a report is about: finding them, reading their figures, telling which may be compared. Draws nothing.
+"""The runs that a report is about: finding their folders, reading their figures. Compares nothing.
 
-A run that is damaged, half written or not comparable is left out with the reason, and never stops the report.
+A run that is damaged or half written is left out with the reason, and never stops the report.
 """
 
 from __future__ import annotations
@@ -25,19 +25,6 @@ from results import LOCK, VARIANTS, read_json, variant_files
 # Flags that stand in a run's settings under another name, or only say which variants there are.
 NAMED_APART = ("dataset", "embedding_model", "computation_types", "reranker_model", "optimize_with_gold",
                "llm_score_mode")  # fmt: skip
-# Which setting accounts for which fact: runs that differ in the setting may differ in these.
-ACCOUNTS_FOR = {
-    "teacher": ("teacher's prompt or weights",),
-    "judge_max_characters": ("teacher's prompt or weights",),
-    "reranker_dtype": ("teacher's prompt or weights",),
-    "reranker_max_tokens": ("teacher's prompt or weights",),
-    "hyde_model": ("HyDE prompt",),
-    "hyde_samples": ("HyDE prompt",),
-    "instruction_templates": (
-        *("query template", "document template", "instruction", "HyDE prompt"),
-        "teacher's prompt or weights",
-    ),
-}
 MEANS_AGREE = 1e-5  # a mean over figures of six digits against the one in summary.json
 
 
@@ -90,25 +77,6 @@ class LeftOut:
 
     folder: Path
     reason: str
-
-
-@dataclass(frozen=True)
-class Runs:
-    """What a report is about.
-
-    Attributes:
-        records: by dataset, model and settings; no two agree in dataset, model and the axes.
-        axes: the settings that vary across the runs, in the order of the flags.
-        left_out: and why.
-    """
-
-    records: list[RunRecord]
-    axes: tuple[str, ...]
-    left_out: list[LeftOut]
-
-    def key(self, record: RunRecord) -> tuple[str, str, tuple[str, ...]]:
-        """Dataset, model, and the values of the axes."""
-        return record.dataset, record.model, tuple(record.setting(axis) for axis in self.axes)
 
 
 def shown(value: Any) -> str:
@@ -191,6 +159,39 @@ def read_run(folder: Path, metric: str) -> RunRecord:
     Raises:
         Damaged: it is not completed, or a file is missing or does not hold what the run wrote.
     """
+    config, summary = _completed(folder)
+    try:
+        settings, facts = _settings(config), _facts(config)
+        names = (config["dataset"]["name"], config["model"]["name"])
+        means, n_queries = summary["means"], int(summary["queries"])
+        variants = [variant for variant in VARIANTS if variant in means]
+        _check_numbers(summary)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Damaged(f"config.json or summary.json is not as runs write it ({error!r})") from None
+    topics: tuple[str, ...] = ()
+    values = {}
+    for variant in variants:
+        path = folder / variant_files(variant)[0]
+        own, values[variant] = _read_metric(path, metric)
+        if len(own) != n_queries or len(set(own)) != len(own):
+            raise Damaged(f"{path.name} has {len(set(own))} topics, summary.json says {n_queries}")
+        if own != (topics or own):
+            raise Damaged(f"{path.name} has other topics than the run's other files")
+        topics = own
+        _check_mean(path.name, metric, values[variant], means[variant])
+    if not topics:
+        raise Damaged("it has no variant, or no query")
+    return RunRecord(folder, config, summary, *names, settings, facts, topics, values)
+
+
+def _completed(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The ``config.json`` and ``summary.json`` of a completed run.
+
+    Raises:
+        Damaged: the run is not completed, or one of them cannot be read.
+    """
+    if not folder.is_dir():
+        raise Damaged("there is no such folder")
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     if not config:
         raise Damaged("config.json is missing or cannot be read")
@@ -201,27 +202,16 @@ def read_run(folder: Path, metric: str) -> RunRecord:
         raise Damaged(f"{status}: {config['reason']}" if config.get("reason") else f"status is {status!r}")
     if not summary:
         raise Damaged("summary.json is missing or cannot be read")
-    try:
-        settings, facts = _settings(config), _facts(config)
-        names = (config["dataset"]["name"], config["model"]["name"])
-        means, n_queries = summary["means"], int(summary["queries"])
-        variants = [variant for variant in VARIANTS if variant in means]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Damaged(f"config.json or summary.json lacks what runs write there ({error})") from None
-    topics: tuple[str, ...] | None = None
-    values = {}
-    for variant in variants:
-        path = folder / variant_files(variant)[0]
-        own, values[variant] = _read_metric(path, metric)
-        if len(own) != n_queries or len(set(own)) != len(own):
-            raise Damaged(f"{path.name} has {len(set(own))} topics, summary.json says {n_queries}")
-        if topics not in (None, own):
-            raise Damaged(f"{path.name} has other topics than the run's other files")
-        topics = own
-        _check_mean(path.name, metric, values[variant], means[variant])
-    if topics is None:
-        raise Damaged("summary.json names no variant")
-    return RunRecord(folder, config, summary, *names, settings, facts, topics, values)
+    return config, summary
+
+
+def _check_numbers(summary: Mapping[str, Any]) -> None:
+    """Raise TypeError or AttributeError where times and usage are not what runs write."""
+    usage = [used for role in (summary.get("language_models") or {}).values() for used in role.values()]
+    for value in (*(summary.get("seconds") or {}).values(), *usage, summary.get("cost")):
+        if not isinstance(value, int | float | None):
+            raise TypeError(f"{value!r} is no number")
+    (summary.get("teacher") or {}).get("missing")
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,96 +289,3 @@ def metrics_of(folders: Iterable[Path]) -> list[str]:
             if "query_id" in header:
                 return header[1 : header.index("query_id")]
     return []
-
-
-# --- Comparing -------------------------------------------------------------------------------------------------------
-
-
-def comparable(records: Sequence[RunRecord], left_out: Sequence[LeftOut], baseline: str) -> Runs:
-    """Find what varies, and leave out runs of which two would be in one place of the table.
-
-    Of runs with the same settings and facts the latest counts. Runs with the same settings that differ in something
-    the table does not show are all left out, with the difference named.
-    """
-    left_out = list(left_out)
-    with_baseline = [record for record in records if baseline in record.values]
-    left_out += [
-        LeftOut(record.folder, f"has no {VARIANTS[baseline]} queries ({variant_files(baseline)[0]}) to compare with")
-        for record in records
-        if baseline not in record.values
-    ]
-    named = _short_names(with_baseline)
-    axes = tuple(
-        name
-        for name in (named[0].settings if named else ())
-        if len({record.setting(name) for record in named}) > 1
-    )
-    runs = Runs([], axes, left_out)
-    places: dict[tuple, list[RunRecord]] = {}
-    for record in named:
-        places.setdefault(runs.key(record), []).append(record)
-    for own in places.values():
-        if unlike := different_facts(own):
-            names = ", ".join(str(record.folder) for record in own)
-            reason = f"same settings, but they differ in {', '.join(unlike)}, which the table does not show: {names}"
-            left_out += [LeftOut(record.folder, reason) for record in own]
-            continue
-        latest = max(own, key=lambda record: str(record.config.get("started")))
-        runs.records.append(latest)
-        left_out += [
-            LeftOut(record.folder, f"the same experiment as {latest.folder}, which is later")
-            for record in own
-            if record is not latest
-        ]
-    runs.records.sort(key=lambda record: _order(record, axes))
-    return runs
-
-
-def different_facts(records: Sequence[RunRecord], by: Iterable[str] = ()) -> list[str]:
-    """The facts in which runs differ that differences in the settings ``by`` do not account for."""
-    expected = {fact for setting in by for fact in ACCOUNTS_FOR.get(setting, ())}
-    return [
-        fact
-        for fact in (records[0].facts if records else ())
-        if fact not in expected and len({str(record.facts[fact]) for record in records}) > 1
-    ]
-
-
-def _short_names(records: Sequence[RunRecord]) -> list[RunRecord]:
-    """Datasets and models by their last names where these tell them apart, else with a hash of what they are."""
-    dataset_of = _labels({(r.dataset, r.facts["dataset"]) for r in records})
-    model_of = _labels({(r.model, r.facts["model"]) for r in records})
-    return [
-        dataclasses.replace(
-            record,
-            dataset=dataset_of[record.dataset, record.facts["dataset"]],
-            model=model_of[record.model, record.facts["model"]],
-        )
-        for record in records
-    ]
-
-
-def _labels(things: Iterable[tuple[str, Any]]) -> dict[tuple[str, Any], str]:
-    things = set(things)
-    last = {name: name.rstrip("/").rsplit("/", 1)[-1] for name, _ in things}
-    labels = {}
-    for name, identity in things:
-        same_last = {other for other in last if last[other] == last[name]}
-        label = last[name] if len(same_last) == 1 else name
-        several = len({other for other in things if other[0] == name}) > 1
-        labels[name, identity] = f"{label} [{short_hash(identity)[:6]}]" if several else label
-    return labels
-
-
-def _order(record: RunRecord, axes: Sequence[str]) -> tuple:
-    """Datasets and models by name, settings by value, numbers before words."""
-    return record.dataset.lower(), record.model.lower(), *(in_order(record.settings.get(axis)) for axis in axes)
-
-
-def in_order(value: Any) -> tuple[int, float, str]:
-    """A key that puts nothing first, then numbers by size, then words."""
-    if value is None:
-        return 0, 0.0, ""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return 2, 0.0, str(value)
-    return 1, float(value), ""

@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from report_axes import Runs
 from report_comparisons import ALPHA, Averages, Comparison
-from report_runs import Runs
 from results import VARIANTS, aligned
 
 MARK = "*"

@@ -68,7 +68,7 @@ def _random_signs(n: int, resamples: int) -> Iterator[np.ndarray]:
     """Random patterns of signs, float64 [some, n] at a time."""
     random = np.random.default_rng(SEED)
     for size in _chunks(n, resamples):
-        yield 1.0 - 2.0 * random.integers(0, 2, (size, n), dtype=np.int8)
+        yield np.where(random.random((size, n), dtype=np.float32) < 0.5, -1.0, 1.0)
 
 
 def bootstrap_interval(values: np.ndarray, resamples: int = BOOTSTRAP_RESAMPLES) -> tuple[np.ndarray, np.ndarray]:

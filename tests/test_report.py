@@ -1,0 +1,672 @@
+"""The report: what it says of runs, what it leaves out and why, what it writes. Made-up runs, real files, real commands."""
+
+import base64
+import contextlib
+import csv
+import dataclasses
+import html.parser
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.dom.minidom
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT, run_script
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+from synthetic_runs import made_dataset, write_run
+
+import report_figures
+from report import ReportFlags, in_detail, system_name
+from report_ablations import find_ablations
+from report_axes import comparable
+from report_comparisons import average, compare
+from report_details import read_details, read_separation
+from report_runs import Damaged, find_run_folders, read_run, read_runs
+from report_tables import Table, as_latex, as_markdown, as_text, main_table
+from results import VARIANTS, variant_files
+
+REPORT = "report.py"
+ALL = tuple(VARIANTS)
+
+
+def read(*folders, metric="map", baseline="embeddings"):
+    return comparable(*read_runs(find_run_folders(folders), metric), baseline)
+
+
+def rows_of(text):
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+# --- What it says ---
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """A report on runs that differ in dataset, model, learning rate and scores, with everything that a run can hold."""
+    base = tmp_path_factory.mktemp("reported")
+    usage = {"teacher": {"calls": 400, "input_tokens": 60000, "output_tokens": 800, "cached_answers": 0, "cost": 0.5}}
+    for dataset, lr in itertools.product(("One", "Two"), (1e-4, 1e-3)):
+        name = f"{dataset}_{lr}"
+        write_run(base / "output" / name, dataset=dataset, lr=lr, variants=ALL, gain=80 * lr, raw=True, tensors=True,
+                  usage=usage)  # fmt: skip
+    write_run(base / "output" / "halfway", dataset="One", lr=0.1, status="running")
+    done = run_script(REPORT, "output", cwd=base)
+    return base, done
+
+
+def test_the_command_prints_the_table_and_names_the_page(reported):
+    _, done = reported
+    assert done.stdout.rstrip().endswith("report: output/report/index.html")
+    assert "left out (1):\n  output/halfway: still running, or stopped without a word" in done.stdout
+    assert "refined HyDE against original: higher in 4 of 4 comparisons" in done.stdout
+    title, _, header, *_ = done.stdout.strip().splitlines()
+    assert title == "Mean map against the original query"
+    assert re.split(r"\s{2,}", header) == [
+        *("dataset", "embedding model", "lr", "query", "n", "map", "change", "%", "95 % interval"),
+        *("better/equal/worse", "p", "p (Holm)"),
+    ]
+    assert "4 runs read, 1 folders left out" in done.stderr
+
+
+def test_the_table_follows_from_the_result_files(reported):
+    base, _ = reported
+    rows = rows_of((base / "output/report/main_table.csv").read_text())
+    assert len(rows) == 4 * 4
+    tested = []
+    for row in rows:
+        folder = base / row["folder"]
+        before, after = (
+            np.array([float(own["map"]) for own in rows_of((folder / f"{variant}_results.csv").read_text())])
+            for variant in ("embeddings", row["variant"])
+        )
+        assert float(row["mean"]) == pytest.approx(after.mean(), rel=1e-8)
+        if row["variant"] == "embeddings":
+            assert row["change"] == row["p"] == ""
+            continue
+        change = after - before
+        assert float(row["change"]) == pytest.approx(change.mean(), rel=1e-8)
+        assert float(row["relative_change"]) == pytest.approx(change.mean() / before.mean(), rel=1e-8)
+        counts = [int(row[name]) for name in ("better", "equal", "worse")]
+        assert counts == [(change > 1e-9).sum(), (abs(change) < 1e-9).sum(), (change < -1e-9).sum()]
+        assert float(row["change_low"]) < change.mean() < float(row["change_high"])
+        theirs = stats.permutation_test((change,), np.mean, permutation_type="samples", n_resamples=20_000, rng=1)
+        assert float(row["p"]) == pytest.approx(theirs.pvalue, abs=0.02)
+        tested.append((float(row["p"]), float(row["p_holm"])))
+        assert row["significant"] == str(float(row["p_holm"]) < 0.05)
+    assert len(tested) == 12
+    least = min(tested)
+    assert least[1] == pytest.approx(12 * least[0])
+
+
+def test_the_averages_rank_systems_over_the_datasets(reported):
+    base, _ = reported
+    rows = rows_of((base / "output/report/averages.csv").read_text())
+    main = rows_of((base / "output/report/main_table.csv").read_text())
+    for row in rows:
+        own = [float(r["mean"]) for r in main if r["variant"] == row["variant"] and row["lr"] in ("any", r["lr"])]
+        assert float(row["mean"]) == pytest.approx(np.mean(own), rel=1e-8)
+    assert [int(row["rank"]) for row in rows] == sorted(int(row["rank"]) for row in rows)
+    assert sum(float(row["borda_points"]) for row in rows) == 2 * math.comb(len(rows), 2)
+
+
+def test_every_form_of_the_table_is_written(reported):
+    base, done = reported
+    out = base / "output/report"
+    for name in ("main_table", "averages"):
+        assert (out / f"{name}.txt").read_text() in done.stdout
+        assert (out / f"{name}.md").read_text().count("\n| ") > 5
+        latex = (out / f"{name}.tex").read_text()
+        assert latex.count("\\toprule") == latex.count("\\bottomrule") == 1
+        columns = len(re.search(r"\\begin\{tabular\}\{(\w+)\}", latex)[1])
+        lines = [line for line in latex.splitlines() if line.endswith(r"\\")]
+        assert len(lines) > 5
+        assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in lines} == {columns}
+
+
+@pytest.mark.parametrize("render", [as_text, as_markdown, as_latex])
+def test_names_are_names_in_every_form(render):
+    name = r"a|b_c$d%e&f#g{h}i~j^k\l<m>*n"
+    text = render(Table("t", ["x", "y"], [[name, "+1.0"], ["[b]", "-0.5 to +0.5"]], 1, (0,), []))
+    if render is as_text:
+        assert name in text
+    if render is as_markdown:
+        assert r"a\|b\_c" in text and r"\<m>\*n" in text
+    if render is as_latex:
+        assert r"\_c\$d\%e\&f\#g\{h\}i\textasciitilde{}j\textasciicircum{}k\textbackslash{}l$<$m$>$" in text
+        assert "{[}b] & $-0.5$ to $+0.5$" in text
+
+
+def test_pictures_of_everything_are_written_twice(reported):
+    base, _ = reported
+    names = {path.stem for path in (base / "output/report/figures").glob("*.png")}
+    assert names == {path.stem for path in (base / "output/report/figures").glob("*.svg")}
+    details = {f"detail{i}_{what}" for i in (1, 2, 3) for what in ("before_after", "separation", "steps", "teacher")}
+    assert names == {"bars", "ablation_lr", "seconds", "tokens"} | details
+
+
+class Page(html.parser.HTMLParser):
+    """What a page holds, and whether its tags are closed in order."""
+
+    VOID = ("meta", "link", "img", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.found, self.text, self.wrong = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if self.open.pop() != tag:
+            self.wrong.append(tag)
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_holds_everything_and_needs_nothing_else(reported):
+    base, _ = reported
+    page = Page((base / "output/report/index.html").read_text())
+    assert not page.open and not page.wrong
+    for tag, attributes in page.found:
+        for name in ("src", "href"):
+            if name in attributes:
+                assert attributes[name].startswith(("data:", "#")), (tag, attributes[name][:60])
+    images = [own["src"] for tag, own in page.found if tag == "img"]
+    assert len(images) == 4 + 12
+    for image in images:
+        assert b"</svg>" in base64.b64decode(image.partition("base64,")[2])
+    text = "".join(page.text)
+    assert text.count("How to read this.") == len(images)
+    for words in ("Left out (1)", "still running", "Most helped queries", "dataset fingerprint", "commit of made/model",
+                  "One: document number", "answers from the cache"):  # fmt: skip
+        assert words in text
+    assert [own["id"] for tag, own in page.found if tag == "section"] == [
+        *("table", "averages", "ablations", "details", "price", "runs", "left-out"),
+    ]
+
+
+def test_text_from_datasets_is_escaped(tmp_path):
+    bad = '<script>alert("1")</script>\n</pre> $x_1$ \x07 {{ 7 * 7 }} é 日本'
+    data = made_dataset("One", 6, 60)
+    data = dataclasses.replace(data, queries=[f"{i} {bad}" for i in range(6)], documents=[bad] * 60)
+    write_run(tmp_path / "runs" / "a", dataset="One", model=f"made/{bad[:20]}", raw=True, data=data)
+    run_script(REPORT, tmp_path / "runs", "--out", tmp_path / "report")
+    page = Page((tmp_path / "report" / "index.html").read_text())
+    assert not page.open and not page.wrong
+    assert [tag for tag, _ in page.found].count("script") == 1
+    text = "".join(page.text)
+    assert '0 <script>alert("1")</script>' in text and "{{ 7 * 7 }}" in text
+    for svg in (tmp_path / "report" / "figures").glob("*.svg"):
+        xml.dom.minidom.parse(str(svg))
+
+
+def test_a_report_needs_no_torch(tmp_path):
+    write_run(tmp_path / "runs" / "a", raw=True, tensors=True)
+    for name in ("torch", "transformers", "sentence_transformers", "openai", "datasets"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('a report must not import this')\n")
+    run_script(REPORT, tmp_path / "runs", "--out", tmp_path / "out", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (tmp_path / "out" / "figures" / "detail1_steps.png").exists()
+
+
+# --- Which runs, and what is wrong with others ---
+
+
+def test_runs_are_found_below_by_name_and_through_a_grids_summary(tmp_path, monkeypatch):
+    for name in ("a", "deep/b", "deep/c"):
+        write_run(tmp_path / "output" / name, lr=1e-4 * len(name))
+    monkeypatch.chdir(tmp_path)
+    everything = find_run_folders([tmp_path / "output"])
+    assert [path.name for path in everything] == ["a", "b", "c"]
+    assert find_run_folders([tmp_path / "output" / "deep" / "b"]) == [everything[1]]
+    grid = tmp_path / "output" / "deep" / "night_grid.csv"
+    grid.write_text("run,folder\nb,output/deep/b\nc,/gone/elsewhere/c\nd,/gone/d\n")
+    found = find_run_folders([grid, everything[1]])
+    assert {path.resolve() for path in found if path.exists()} == set(everything[1:])
+    _, left_out = read_runs(found, "map")
+    assert [(str(own.folder), own.reason) for own in left_out] == [("/gone/d", "there is no such folder")]
+
+
+def damage_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def damage_summary(folder, change):
+    summary = json.loads((folder / "summary.json").read_text())
+    change(summary)
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def cut(path, share=0.5):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+def change_csv(folder, change):
+    path = folder / "optimized_embeddings_results.csv"
+    rows = list(csv.reader(path.open(newline="")))
+    change(rows)
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+DAMAGES = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json is missing or cannot be read"),
+    "torn config": (lambda f: cut(f / "config.json"), "config.json is missing or cannot be read"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "config.json is missing or cannot be read"),
+    "running": (lambda f: damage_config(f, lambda c: c.update(status="running")), "still running"),
+    "failed": (lambda f: damage_config(f, lambda c: c.update(status="failed", reason="no memory")), "failed: no memory"),
+    "no status": (lambda f: damage_config(f, lambda c: c.pop("status")), "status is None"),
+    "no flags": (lambda f: damage_config(f, lambda c: c.pop("flags")), "is not as runs write it"),
+    "teacher text": (lambda f: damage_config(f, lambda c: c.update(teacher="x")), "is not as runs write it"),
+    "no summary": (lambda f: (f / "summary.json").unlink(), "summary.json is missing or cannot be read"),
+    "means": (lambda f: damage_summary(f, lambda s: s.update(means=3)), "is not as runs write it"),
+    "no means": (lambda f: damage_summary(f, lambda s: s.update(means={})), "it has no variant, or no query"),
+    "seconds": (lambda f: damage_summary(f, lambda s: s.update(seconds={"total": "x"})), "is not as runs write it"),
+    "usage": (lambda f: damage_summary(f, lambda s: s.update(language_models=[1])), "is not as runs write it"),
+    "no results": (lambda f: (f / "embeddings_results.csv").unlink(), "embeddings_results.csv is missing"),
+    "torn": (lambda f: cut(f / "embeddings_results.csv", 0.3), "embeddings_results.csv"),
+    "empty": (lambda f: (f / "embeddings_results.csv").write_text(""), "embeddings_results.csv cannot be read"),
+    "binary": (lambda f: (f / "embeddings_results.csv").write_bytes(b"\0\xff" * 99), "embeddings_results.csv"),
+    "rows": (lambda f: change_csv(f, lambda rows: rows.pop()), "has 19 topics, summary.json says 20"),
+    "twice": (lambda f: change_csv(f, lambda rows: rows.__setitem__(2, rows[1])), "has 19 topics, summary.json says"),
+    "topics": (lambda f: change_csv(f, lambda rows: rows[3].__setitem__(0, "x")), "other topics than the run's other"),
+    "words": (lambda f: change_csv(f, lambda rows: rows[3].__setitem__(1, "x")), "cannot be read"),
+    "figures": (lambda f: change_csv(f, lambda rows: rows[3].__setitem__(1, "7")), "gives a mean map of"),
+    "infinite": (lambda f: change_csv(f, lambda rows: rows[3].__setitem__(1, "inf")), "gives a mean map of inf"),
+    "metric": (lambda f: change_csv(f, lambda rows: rows[0].__setitem__(1, "mapp")), "has no column 'map'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_run_is_left_out_with_the_reason(tmp_path, name):
+    write_run(tmp_path / "good", lr=1e-3)
+    damage, reason = DAMAGES[name]
+    damage(write_run(tmp_path / "bad"))
+    runs = read(tmp_path)
+    assert [run.folder.name for run in runs.records] == ["good"]
+    (left_out,) = runs.left_out
+    assert left_out.folder.name == "bad" and reason in left_out.reason and "\n" not in left_out.reason
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_change_of_a_value_stops_a_report(tmp_path, seed):
+    """Whatever stands in the JSON files, a run is read or left out; nothing else is raised."""
+    random = np.random.default_rng(seed)
+    folder = write_run(tmp_path / "run", usage={"teacher": {"calls": 1, "cost": 0.1}})
+    for name in ("config.json", "summary.json"):
+        original = (folder / name).read_text()
+        for _ in range(60):
+            content = json.loads(original)
+            place = content
+            while True:
+                keys = list(place) if isinstance(place, dict) else range(len(place))
+                key = keys[random.integers(len(keys))]
+                if not (isinstance(place[key], dict | list) and place[key]) or random.random() < 0.3:
+                    break
+                place = place[key]
+            place[key] = [None, "x", 3, [], {}, [1], {"a": {}}, True][random.integers(8)]
+            (folder / name).write_text(json.dumps(content))
+            with contextlib.suppress(Damaged):
+                read_run(folder, "map")
+        (folder / name).write_text(original)
+
+
+@pytest.mark.parametrize("broken", ["raw scores", "torn raw scores", "tensors", "torn tensors"])
+def test_broken_raw_scores_and_tensors_cost_their_pictures_only(tmp_path, broken):
+    folder = write_run(tmp_path / "run", raw=True, tensors=True)
+    metrics, raw, tensors = (folder / name for name in variant_files("optimized_embeddings"))
+    path = raw if "raw" in broken else tensors
+    path.unlink() if not broken.startswith("torn") else cut(path)
+    (run,) = read(tmp_path).records
+    details = read_details(run, "embeddings", "map")
+    assert bool(details.separation) == ("raw" not in broken)
+    assert bool(details.steps) == ("raw" in broken)
+    assert details.missing and all("\n" not in line for line in details.missing)
+    assert metrics.exists()
+
+
+WRONG = {
+    "no such folder": (["nowhere"], "nowhere: there is no such folder"),
+    "an empty folder": (["empty"], "empty: no run there; embedding_adaptation.py and run_experiments.py write them"),
+    "a file": (["empty/.keep"], "empty/.keep: is neither a folder nor the _grid.csv of run_experiments.py"),
+    "another csv": (["x.csv"], "x.csv: has no column 'folder'"),
+    "a metric": (["runs", "--metric", "mapp"], "--metric: got 'mapp', must be one of map, roc_auc, precision_at_5"),
+    "a baseline": (["runs", "--baseline", "hydra"], "--baseline: got 'hydra', must be one of embeddings, "),
+    "no baseline": (["runs", "--baseline", "hyde"], "runs: no run there can be reported\nerror: runs/a: has no HyDE queries"),
+    "a number": (["runs", "--details", "-1"], "--details: got '-1', must be a whole number, 0 or more"),
+    "a flag": (["runs", "--metrics", "map"], "unknown flag '--metrics'; did you mean --metric?"),
+    "something else": (["runs", "--out", "runs"], "--out: runs holds something else than a report of this program"),
+    "a file as out": (["runs", "--out", "x.csv"], "--out: x.csv cannot be written: x.csv is not a folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes_get_one_line_and_nothing_is_written(tmp_path, name):
+    write_run(tmp_path / "runs" / "a")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".keep").touch()
+    (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    before = sorted(tmp_path.rglob("*"))
+    arguments, message = WRONG[name]
+    done = run_script(REPORT, *arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {message}") and "Traceback" not in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_second_report_takes_the_place_of_the_first(tmp_path):
+    for lr in (1e-4, 1e-3):
+        write_run(tmp_path / "runs" / str(lr), lr=lr)
+    run_script(REPORT, "runs", "--details", "0", cwd=tmp_path)
+    out = tmp_path / "output" / "report"
+    assert (out / "figures" / "ablation_lr.svg").exists()
+    (out / "notes.txt").write_text("mine")
+    shutil.rmtree(tmp_path / "runs" / "0.001")
+    run_script(REPORT, "runs", "--details", "0", cwd=tmp_path)
+    assert not (out / "figures" / "ablation_lr.svg").exists() and (out / "figures" / "bars.svg").exists()
+    assert (out / "notes.txt").read_text() == "mine"
+    before = {path: path.read_bytes() for path in out.rglob("*.*g")}
+    run_script(REPORT, "runs", "--details", "0", cwd=tmp_path)
+    assert {path: path.read_bytes() for path in out.rglob("*.*g")} == before  # the same runs, the same pictures
+
+
+# --- What may be compared ---
+
+
+def test_only_topics_that_both_have_are_compared(tmp_path):
+    folder = write_run(tmp_path / "run")
+    change_csv(folder, lambda rows: rows[1].__setitem__(1, ""))
+    values = [float(row["map"]) for row in rows_of((folder / "optimized_embeddings_results.csv").read_text()) if row["map"]]
+    damage_summary(folder, lambda s: s["means"]["optimized_embeddings"].update(map=float(np.mean(values))))
+    runs = read(tmp_path)
+    before = runs.records[0].values["embeddings"][1:]
+    row = compare(runs, "embeddings")[1]
+    assert row.queries == 19
+    assert row.change == pytest.approx(np.mean(values) - before.mean())
+
+
+def test_what_varies_is_an_axis_and_what_follows_from_it_is_not(tmp_path):
+    for scores in (5, 20, 40):
+        write_run(tmp_path / f"a{scores}", total_scores=scores, scores_from_top=min(20, scores))
+    assert read(tmp_path).axes == ("total_scores",)
+    write_run(tmp_path / "b", total_scores=40, scores_from_top=10)
+    assert read(tmp_path).axes == ("total_scores", "scores_from_top")
+    write_run(tmp_path / "c", total_scores=40, scores_from_top=20, optimize_with_gold=True)
+    assert read(tmp_path).axes == ("teacher", "total_scores", "scores_from_top")
+
+
+def test_the_same_experiment_counts_once_and_the_later_run_is_it(tmp_path):
+    for name, started in (("late", "2026-11-20T12:00:01"), ("early", "2026-11-20T12:00:00")):
+        damage_config(write_run(tmp_path / name), lambda c, started=started: c.update(started=started))
+    runs = read(tmp_path)
+    assert [run.folder.name for run in runs.records] == ["late"]
+    assert "early: the same experiment as " in f"{runs.left_out[0].folder.name}: {runs.left_out[0].reason}"
+
+
+def test_runs_that_differ_in_what_the_table_does_not_show_are_refused(tmp_path):
+    write_run(tmp_path / "a")
+    damage_config(write_run(tmp_path / "b"), lambda c: c["templates"].update(query="query: {text}"))
+    write_run(tmp_path / "c", lr=1e-3)
+    runs = read(tmp_path)
+    assert [run.folder.name for run in runs.records] == ["c"]
+    assert {own.folder.name for own in runs.left_out} == {"a", "b"}
+    assert "same settings, but they differ in query template, which the table does not show" in runs.left_out[0].reason
+
+
+def test_two_datasets_or_models_of_one_name_are_told_apart(tmp_path):
+    write_run(tmp_path / "a", queries=20)
+    write_run(tmp_path / "b", queries=21, lr=1e-3)
+    damage_config(write_run(tmp_path / "c", lr=1e-2), lambda c: c["model"].update(identity="another commit"))
+    write_run(tmp_path / "d", model="other/model", lr=1e-2)
+    runs = read(tmp_path)
+    assert len(runs.records) == 4
+    assert len({run.dataset for run in runs.records}) == 2 and all(" [" in run.dataset for run in runs.records)
+    models = {run.model for run in runs.records}
+    assert "other/model" in models and len(models) == 3
+    assert not find_ablations(runs, "embeddings").lines
+
+
+def test_an_ablation_joins_only_runs_that_differ_in_its_setting(tmp_path):
+    for lr, steps in ((1e-4, 100), (1e-3, 100), (1e-2, 50)):
+        write_run(tmp_path / f"{lr}", lr=lr, num_steps=steps, gain=0.05)
+    found = find_ablations(read(tmp_path), "embeddings")
+    (line,) = found.lines["lr"]
+    assert line.values == (1e-4, 1e-3) and line.others == ("num_steps 100",)
+    assert not found.heat_maps
+    assert found.refused == [
+        "num_steps is not shown: no two runs differ in it alone; those that come nearest differ in lr, too"
+    ]
+
+
+def test_an_ablation_names_the_difference_that_forbids_it(tmp_path):
+    write_run(tmp_path / "a", lr=1e-4)
+    damage_config(write_run(tmp_path / "b", lr=1e-3), lambda c: c["templates"].update(document="passage: {text}"))
+    found = find_ablations(read(tmp_path), "embeddings")
+    assert not found.lines
+    assert found.refused == [
+        "Made, model: its runs with different lr are not compared: they differ in document template, too"
+    ]
+    # A setting that stands for the difference is no hindrance.
+    write_run(tmp_path / "c", instruction_templates="mine.yaml")
+    damage_config(tmp_path / "c", lambda c: c["templates"].update(document="passage: {text}"))
+    shutil.rmtree(tmp_path / "b")
+    assert list(find_ablations(read(tmp_path), "embeddings").lines) == ["instruction_templates"]
+
+
+def test_lines_and_heat_maps_show_the_changes_of_the_table(tmp_path):
+    for lr, steps in itertools.product((1e-4, 1e-3), (50, 100)):
+        write_run(tmp_path / f"{lr}_{steps}", lr=lr, num_steps=steps, gain=lr * steps)
+    runs = read(tmp_path)
+    changes = {
+        (row.run.settings["lr"], row.run.settings["num_steps"]): row
+        for row in compare(runs, "embeddings")
+        if not row.is_baseline
+    }
+    found = find_ablations(runs, "embeddings")
+    assert sorted(found.lines) == ["lr", "num_steps"] and [len(own) for own in found.lines.values()] == [2, 2]
+    for line in found.lines["lr"]:
+        steps = int(line.others[0].split()[1])
+        for value, change, low, high in zip(line.values, line.change, line.low, line.high, strict=True):
+            row = changes[value, steps]
+            assert change == pytest.approx(row.change)
+            assert (low, high) == pytest.approx(row.change_interval)
+    ((heat_map,),) = found.heat_maps.values()
+    for (i, lr), (j, steps) in itertools.product(enumerate(heat_map.rows), enumerate(heat_map.columns)):
+        assert heat_map.change[i, j] == pytest.approx(changes[lr, steps].change)
+    assert not found.refused
+
+
+def test_averages_are_over_datasets_that_a_system_has_all_of(tmp_path):
+    for dataset, model in (("One", "m/a"), ("Two", "m/a"), ("One", "m/b")):
+        write_run(tmp_path / f"{dataset}{model[2:]}", dataset=dataset, model=model)
+    write_run(tmp_path / "Twob", dataset="Two", model="m/b", lr=1e-3)
+    averages = average(read(tmp_path), "embeddings")
+    assert {row.model for row in averages.rows} == {"a"}
+    assert averages.refused == [
+        "b, lr 0.0001, original: not on Two; its runs there differ in lr (0.0001 here, 0.001 there)",
+        "b, lr 0.001, original: not on One; its runs there differ in lr (0.001 here, 0.0001 there)",
+    ]
+
+
+def test_a_baseline_that_settings_do_not_touch_stands_once(tmp_path):
+    for lr in (1e-4, 1e-3, 1e-2):
+        write_run(tmp_path / str(lr), lr=lr)
+    runs = read(tmp_path)
+    table = main_table(compare(runs, "embeddings"), runs, "embeddings", "map")
+    assert [line[2:4] for line in table.lines] == [
+        *(["any", "original"], ["0.0001", "refined"], ["0.001", "refined"], ["0.01", "refined"]),
+    ]
+
+
+# --- One run ---
+
+
+@pytest.fixture(scope="module")
+def one_run(tmp_path_factory):
+    folder = write_run(tmp_path_factory.mktemp("one") / "run", variants=ALL, raw=True, tensors=True, queries=30, gain=0.1)
+    (run,) = read(folder.parent).records
+    return run, read_details(run, "embeddings", "map")
+
+
+def test_separation_and_teacher_are_measured_on_the_raw_scores(one_run):
+    run, details = one_run
+    for variant, own in details.separation.items():
+        raw = pq.read_table(run.folder / f"{variant}_raw_scores.parquet").to_pandas()
+        assert own.auc == pytest.approx(roc_auc_score(raw.gold_label, raw.score), abs=2e-4)
+        assert (own.relevant.sum(), own.other.sum()) == (raw.gold_label.sum(), (raw.gold_label == 0).sum())
+    raw = pq.read_table(run.folder / variant_files(details.variant)[1]).to_pandas().dropna(subset="reranker_score")
+    assert details.teacher.auc == pytest.approx(roc_auc_score(raw.gold_label, raw.reranker_score), abs=1e-9)
+    assert details.missing == []
+
+
+def test_queries_are_those_that_changed_most_with_their_documents(one_run):
+    run, details = one_run
+    change = run.values[details.variant] - run.values["embeddings"]
+    order = np.argsort(change)
+    assert [own.topic for own in details.helped] == [run.topics[i] for i in order[::-1][:10]]
+    assert [own.topic for own in details.hurt] == [run.topics[i] for i in order[:10] if change[i] < 0]
+    before, after = (
+        pq.read_table(run.folder / variant_files(variant)[1]).to_pandas() for variant in ("embeddings", details.variant)
+    )
+    for query in (*details.helped, *details.hurt):
+        own, earlier = after[after.topic == query.topic], before[before.topic == query.topic]
+        ranks = dict(zip(own.document_id, own.score.rank(ascending=False, method="first"), strict=True))
+        ranks_before = dict(zip(earlier.document_id, earlier.score.rank(ascending=False, method="first"), strict=True))
+        scored = own.dropna(subset="reranker_score").set_index("document_id")
+        assert {document.document_id for document in query.documents} == set(scored.index)
+        assert query.relevant == own.gold_label.sum()
+        for document in query.documents:
+            row = scored.loc[document.document_id]
+            assert (document.text, document.relevant) == (row.document, row.gold_label > 0)
+            assert document.teacher_score == pytest.approx(row.reranker_score)
+            assert document.rank_before == ranks_before[document.document_id]
+            assert document.rank_after == ranks[document.document_id]
+
+
+def test_steps_end_where_the_results_are(one_run):
+    run, details = one_run
+    assert set(details.steps) == {"optimized_embeddings", "optimized_hyde_embeddings"}
+    for variant, own in details.steps.items():
+        assert own.metric[-1] == pytest.approx(run.mean(variant), abs=1e-5)
+        assert own.loss.shape == (3, 101) and (np.diff(own.loss, axis=0) >= 0).all()
+
+
+def test_details_begin_with_the_best_of_each_dataset(tmp_path):
+    for dataset, gain in itertools.product(("One", "Two"), (0.0, 0.1, 0.2)):
+        write_run(tmp_path / f"{dataset}{gain}", dataset=dataset, lr=1e-4 + gain, gain=gain)
+    runs = read(tmp_path)
+    for count, expected in ((0, []), (3, ["One0.2", "Two0.2", "One0.1"]), (99, None)):
+        chosen = [run.folder.name for run in in_detail(runs, ReportFlags(details=count))]
+        assert chosen == expected if expected is not None else len(chosen) == 6
+
+
+def test_a_metric_that_no_query_has_is_shown_as_none(tmp_path):
+    folder = write_run(tmp_path / "runs" / "a")
+    for path in folder.glob("*_results.csv"):
+        rows = list(csv.reader(path.open(newline="")))
+        column = rows[0].index("roc_auc")
+        for row in rows[1:]:
+            row[column] = ""
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
+    damage_summary(folder, lambda s: [own.update(roc_auc=None) for own in s["means"].values()])
+    done = run_script(REPORT, tmp_path / "runs", "--metric", "roc_auc", "--out", tmp_path / "out")
+    assert re.search(r"refined +0 +- +- +-", done.stdout)
+    assert "Warning" not in done.stderr
+
+
+# --- Pictures ---
+
+
+def overlaps(boxes):
+    return [(a, b) for (a, one), (b, other) in itertools.combinations(boxes.items(), 2) if one.overlaps(other)]
+
+
+def test_no_labels_overlap_with_five_models_six_datasets_and_four_variants(tmp_path):
+    datasets = ("Clinc150", "Banking77", "ArgKP21", "NFCorpus", "FollowIR", "RealScholarQueryWithAVeryLongNameIndeed")
+    models = [f"org/{name}" for name in ("Qwen3-Embedding-0.6B", "llama-embed-nemotron-8b", "e5", "MiniLM", "m" * 60)]
+    for dataset, model in itertools.product(datasets, models):
+        write_run(tmp_path / f"{dataset}{models.index(model)}", dataset=dataset, model=model, variants=ALL)
+    runs = read(tmp_path)
+    rows = compare(runs, "embeddings")
+    assert len(rows) == 120
+    with report_figures.drawing():
+        figure = report_figures.bars(rows, lambda run: system_name(run, runs), "map")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        panels = [panel for panel in figure.axes if panel.get_visible()]
+        renderer = canvas.get_renderer()
+        assert len(panels) == 6
+        boxes = {}
+        for i, panel in enumerate(panels):
+            low, high = panel.get_xlim()
+            ticks = [label for label in panel.get_xticklabels() if low <= label.get_position()[0] <= high]
+            for j, own in enumerate([*panel.get_yticklabels(), *ticks, panel.title, panel.xaxis.label]):
+                boxes[i, j, own.get_text()] = own.get_window_extent(renderer)
+        boxes["legend"] = figure.legends[0].get_window_extent(renderer)
+        boxes = {name: box for name, box in boxes.items() if box.width > 0}
+        assert not overlaps(boxes)
+        whole = figure.bbox
+        assert all(box.x0 >= -1 and box.x1 <= whole.x1 + 1 and box.y1 <= whole.y1 + 1 for box in boxes.values())
+    texts = [text for _, _, text in (name for name in boxes if name != "legend")]
+    assert any("…" in text for text in texts)
+    assert max(map(len, texts)) <= 60
+
+
+def test_bars_are_told_apart_without_colour():
+    looks = {(report_figures.HATCHES[variant], round(lightness(report_figures.COLOURS[variant]), 1)) for variant in VARIANTS}
+    assert len(looks) == len(VARIANTS)
+
+
+def lightness(colour):
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def test_long_and_strange_texts_become_one_line():
+    assert report_figures.clip("a\nb\x00c\td") == "a b c d"
+    assert report_figures.clip("x" * 50) == "x" * 33 + "…"
+    assert report_figures.clip("\udcff") == ""
+
+
+def test_memory_does_not_grow_with_the_raw_scores(tmp_path):
+    """Row groups are read one at a time: far less than the file's columns are in memory at once."""
+    folder = write_run(tmp_path / "run", queries=200, documents=20_000, raw=True, gain=0.05)
+    rows = sum(pq.ParquetFile(path).metadata.num_rows for path in folder.glob("*.parquet"))
+    assert rows == 8_000_000
+    code = (
+        "import resource, sys; from pathlib import Path; from report_runs import read_run\n"
+        "from report_details import read_details\n"
+        "run = read_run(Path(sys.argv[1]), 'map'); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "read_details(run, 'embeddings', 'map')\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 150, done.stdout  # score and label alone are 40 MB a file, all columns 140
+
+
+def test_read_separation_of_equal_scores(tmp_path):
+    folder = write_run(tmp_path / "run", raw=True)
+    table = pq.read_table(folder / "embeddings_raw_scores.parquet")
+    index = table.schema.get_field_index("score")
+    same = table.set_column(index, table.schema.field("score"), [np.full(len(table), 0.5, np.float32)])
+    for variant in ("embeddings", "optimized_embeddings"):
+        pq.write_table(same, folder / f"{variant}_raw_scores.parquet")
+    assert {own.auc for own in read_separation(read_run(folder, "map")).values()} == {0.5}
