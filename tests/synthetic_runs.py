@@ -73,7 +73,7 @@ def write_run(
         output_dir=str(folder.parent), save_tensors=tensors, **flags,
     )  # fmt: skip
     name, mode = ("gold labels (oracle)", "gold labels") if gold else (teacher, "yes_no")
-    digest = short_hash([dataclasses.asdict(config), data.fingerprint])
+    digest = short_hash([config.result_flags(), data.fingerprint])  # the same wherever the folder is
     settings = {
         "experiment_name": folder.name,
         "hash": digest,
