@@ -2,8 +2,9 @@
 PYTHON ?= python3
 DATA_DIR ?= data
 BIN := .venv/bin
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: help install demo test test-gateway lint benchmark clean
+.PHONY: help install demo readme test test-gateway test-browser lint benchmark clean
 
 help:  ## list what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -24,7 +25,11 @@ install: .venv/.run  ## make .venv with what the scripts need
 
 demo: .venv/.run  ## a grid of two runs on the Demo dataset: real model, gold teacher, results in output/
 	$(BIN)/python run_experiments.py --datasets Demo --embedding_models sentence-transformers/all-MiniLM-L6-v2 \
-		--optimize_with_gold --lr 1e-4 1e-3 --parallel 2 --experiment_prefix demo
+		--optimize_with_gold --lr 1e-4 1e-3 --parallel 2 --experiment_prefix demo --save_tensors
+	$(BIN)/python report.py output/demo_grid.csv
+
+readme: demo  ## put the demo's table and a plot of its report into the README, as they are now
+	$(BIN)/python docs/update_readme.py
 
 test: .venv/.dev  ## the test suite, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -35,6 +40,13 @@ test-gateway: .venv/.dev .venv-gateway/.done  ## a run through a real LiteLLM pr
 .venv-gateway/.done:
 	$(PYTHON) -m venv .venv-gateway
 	.venv-gateway/bin/python -m pip install --quiet --disable-pip-version-check 'litellm[proxy]==1.106.2'
+	@touch $@
+
+test-browser: .venv/.browser  ## a report in a real browser, with screenshots; CHROMIUM=path where it is not found
+	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest -s tests/browser_check.py
+
+.venv/.browser: .venv/.dev requirements-browser.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-browser.txt
 	@touch $@
 
 lint: .venv/.dev  ## ruff, with the rules of pyproject.toml
@@ -48,6 +60,7 @@ benchmark: .venv/.dev  ## the numbers of the README; DATA_DIR=folder where the d
 	$(BIN)/python benchmarks/large_corpus.py
 	$(BIN)/python benchmarks/teacher_calls.py --data_dir $(DATA_DIR)
 	$(BIN)/python benchmarks/grid_runs.py
+	$(BIN)/python benchmarks/report_speed.py
 
 clean:  ## remove the virtual environments; vectors, scores and passages in cache/ and results in output/ stay
 	rm -rf .venv .venv-gateway

@@ -8,6 +8,7 @@ Reads what runs wrote; loads no model. Runs that are damaged or half written are
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
 import math
@@ -109,7 +110,7 @@ def read_command(argv: Sequence[str]) -> tuple[list[Path], ReportFlags]:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "runs", nargs="*", action="append", default=[],
+        "runs", nargs="*", action="append", default=argparse.SUPPRESS,
         help="folders with runs somewhere below, or _grid.csv files of run_experiments.py (default: output)",
     )  # fmt: skip
     add_flags(parser, of=ReportFlags)

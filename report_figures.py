@@ -46,7 +46,9 @@ HATCHES = dict(zip(VARIANTS, ("", "", "////", "...."), strict=False))
 LINES = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (PURPLE, "^", "-."), (GREEN, "D", ":"),
          (RED, "v", "-"), (SKY, "P", "--"), (BLACK, "X", "-."), (GREY, "*", ":"))  # fmt: skip
 LONGEST_LABEL = 34
-MOST_SYSTEMS, MOST_PANELS = 24, 9
+MOST_SYSTEMS, MOST_PANELS = 12, 9
+MOST_WHISKERS = 8  # on a line; with more points a band shows the intervals
+MOST_WRITTEN_CELLS = 400  # of a heat map
 STAGES = {  # what the names of stages begin with, and what they are called together
     "embed": "embedding",
     "write passages": "HyDE passages",
@@ -103,7 +105,7 @@ def bars(rows: Sequence[Comparison], label: Callable[[RunRecord], str], metric: 
         metric: for the axis.
     """
     datasets = list(dict.fromkeys(row.run.dataset for row in rows))[:MOST_PANELS]
-    systems = list(dict.fromkeys(label(row.run) for row in rows))[:MOST_SYSTEMS]
+    systems = shown_systems(rows, label)
     variants = [variant for variant in VARIANTS if any(row.variant == variant for row in rows)]
     thickness = 0.8 / len(variants)
     names = [clip(system) for system in systems]
@@ -126,6 +128,15 @@ def bars(rows: Sequence[Comparison], label: Callable[[RunRecord], str], metric: 
     return figure
 
 
+def shown_systems(rows: Sequence[Comparison], label: Callable[[RunRecord], str]) -> list[str]:
+    """The groups of bars, in the order of the table; where there are too many, those with the highest bars."""
+    highest: dict[str, float] = {}
+    for row in rows:
+        highest[label(row.run)] = max(highest.get(label(row.run), -np.inf), np.nan_to_num(row.mean, nan=-np.inf))
+    best = sorted(highest, key=lambda system: -highest[system])[:MOST_SYSTEMS]
+    return [system for system in highest if system in best]
+
+
 def _bars_of(panel: Any, places: np.ndarray, rows: Sequence[Comparison], variant: str, thickness: float) -> None:
     means = np.array([row.mean for row in rows])
     ends = np.array([row.interval for row in rows]).reshape(-1, 2).T
@@ -139,14 +150,16 @@ def _queries(counts: Iterable[int]) -> str:
     return f"{low} queries" if low == high else f"{low}–{high} queries"
 
 
-def _legend(figure: Figure, axes: Sequence[Any], columns: int = 4) -> None:
-    """One legend for all panels, above them, each name once."""
+def _legend(figure: Figure, axes: Sequence[Any]) -> None:
+    """One legend for all panels, above them, each name once, in as many columns as there is room for."""
     handles: dict[str, Any] = {}
     for panel in axes:
         for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(name, handle)
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(columns, len(handles)))
+        room = int(figure.get_figwidth() / (0.6 + 0.08 * max(map(len, handles))))
+        columns = min(max(room, 1), 4, len(handles))
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
 
 
 def ablation(axis: str, lines: Sequence[Line], metric: str) -> Figure:
@@ -155,8 +168,9 @@ def ablation(axis: str, lines: Sequence[Line], metric: str) -> Figure:
     numeric = all(_is_number(value) for line in lines for value in line.values)
     values = list(dict.fromkeys(value for line in lines for value in line.values))
     figure, axes = _panels(len(datasets), 3.4, 2.9)
+    lines = drawn_lines(lines)
     name_of = line_names(lines)
-    names = list(dict.fromkeys(name_of))[: len(LINES)]
+    names = list(dict.fromkeys(name_of))
     for panel, dataset in zip(axes, datasets, strict=True):
         own = {
             names.index(name): line
@@ -167,17 +181,32 @@ def ablation(axis: str, lines: Sequence[Line], metric: str) -> Figure:
             colour, marker, style = LINES[nth]
             shift = 0 if numeric else 0.5 * (nth + 0.5) / len(names) - 0.25
             places = [value if numeric else values.index(value) + shift for value in line.values]
-            panel.errorbar(places, line.change, yerr=[line.change - line.low, line.high - line.change], color=colour,
-                           marker=marker, linestyle=style if numeric else "none", markersize=4, linewidth=1.2,
-                           elinewidth=0.8, capsize=2, label=clip(names[nth], 60))  # fmt: skip
+            looks = {"color": colour, "marker": marker, "linestyle": style if numeric else "none", "markersize": 4}
+            looks |= {"linewidth": 1.2, "label": clip(names[nth], 60)}
+            if numeric and len(places) > MOST_WHISKERS:
+                panel.plot(places, line.change, **looks)
+                panel.fill_between(places, line.low, line.high, color=colour, alpha=0.12, linewidth=0)
+            else:
+                ends = [line.change - line.low, line.high - line.change]
+                panel.errorbar(places, line.change, yerr=ends, elinewidth=0.8, capsize=2, **looks)
         panel.axhline(0, color="black", linewidth=0.8)
         panel.set_title(f"{clip(dataset, 24)}, {_queries(line.queries for line in own.values())}")
         panel.set_xlabel(axis)
         panel.set_ylabel(f"change of mean {metric}")
         panel.grid(color="0.9")
         _scale(panel, values, numeric)
-    _legend(figure, axes, columns=1 if max(map(len, names)) > 40 else 2)
+    _legend(figure, axes)
     return figure
+
+
+def drawn_lines(lines: Sequence[Line]) -> list[Line]:
+    """All lines, or, where there are too many, those of the refined queries; of these the first few."""
+    for own in (lines, [line for line in lines if line.variant == "optimized_embeddings"] or lines):
+        names = list(dict.fromkeys(line_names(own)))
+        if len(names) <= len(LINES):
+            return list(own)
+    first = names[: len(LINES)]
+    return [line for line, name in zip(own, line_names(own), strict=True) if name in first]
 
 
 def line_names(lines: Sequence[Line]) -> list[str]:
@@ -200,6 +229,7 @@ def _scale(panel: Any, values: Sequence[Any], numeric: bool) -> None:
     if ticks[0] > 0 and ticks[-1] >= 8 * ticks[0]:
         panel.set_xscale("log")
         panel.minorticks_off()
+    panel.xaxis.set_major_formatter(lambda value, _: shown(float(value)))
     if len(ticks) <= 6:
         panel.set_xticks(ticks, [shown(float(value)) for value in ticks])
 
@@ -208,15 +238,15 @@ def heat_map(pair: tuple[str, str], maps: Sequence[HeatMap], metric: str) -> Fig
     """Mean change over two settings: a panel a dataset, model and what else is fixed; light is high."""
     maps = maps[:MOST_PANELS]
     rows, columns = max(len(own.rows) for own in maps), max(len(own.columns) for own in maps)
-    figure, axes = _panels(len(maps), max(2.6, 0.75 + 0.62 * columns), 1.3 + 0.36 * rows)
+    figure, axes = _panels(len(maps), max(2.6, 0.8 + 0.68 * columns), 1.3 + 0.36 * rows)
     finite = np.concatenate([own.change[~np.isnan(own.change)] for own in maps])
     low, high = float(finite.min(initial=0)), float(finite.max(initial=0))
     for panel, own in zip(axes, maps, strict=True):
         image = panel.imshow(own.change, cmap="cividis", vmin=low, vmax=high, aspect="auto")
-        for (i, j), value in np.ndenumerate(own.change):
+        for (i, j), value in np.ndenumerate(own.change) if own.change.size <= MOST_WRITTEN_CELLS else ():
             dark = (value - low) < 0.55 * (high - low)
             text = "–" if np.isnan(value) else f"{round(value, 3) + 0.0:+.3f}"  # no minus before a zero
-            panel.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+            panel.text(j, i, text, ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
         panel.set_yticks(range(len(own.rows)), [clip(shown(value), 14) for value in own.rows])
         panel.set_xticks(range(len(own.columns)), [clip(shown(value), 14) for value in own.columns])
         if max(len(shown(value)) for value in own.columns) > 7:
@@ -335,7 +365,7 @@ def seconds_by_stage(runs: Sequence[RunRecord], label: Callable[[RunRecord], str
         start += own
     _name_runs(panel, runs, label)
     panel.set_xlabel("seconds")
-    _legend(figure, [panel], columns=3)
+    _legend(figure, [panel])
     return figure
 
 

@@ -16,7 +16,7 @@ from report_details import QueryChange, RunDetails
 from report_figures import clip, language_models
 from report_pictures import Picture
 from report_runs import RunRecord
-from report_tables import Table, number, signed
+from report_tables import Table, number, signed, variant_name
 from results import VARIANTS
 
 TEMPLATE = Path(__file__).resolve().parent / "report_page.html"
@@ -93,8 +93,9 @@ def headline(rows: Sequence[Comparison], baseline: str) -> list[str]:
         if not own:
             continue
         up, down = [row for row in own if row.change > 0], [row for row in own if row.change < 0]
+        names = " or ".join(dict.fromkeys(map(variant_name, own)))
         lines.append(
-            f"{VARIANTS[variant]} against {VARIANTS[baseline]}: higher in {len(up)} of {len(own)} "
+            f"{names} against {VARIANTS[baseline]}: higher in {len(up)} of {len(own)} "
             f"comparison{'s' if len(own) > 1 else ''} (significantly in {sum(row.significant for row in up)}), "
             f"lower in {len(down)} (significantly in {sum(row.significant for row in down)})."
         )

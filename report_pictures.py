@@ -80,16 +80,19 @@ class PictureBook:
     def bars(self, rows: Sequence[Comparison]) -> Picture:
         """Means of all variants, with intervals."""
         systems, datasets = {self.label(row.run) for row in rows}, {row.run.dataset for row in rows}
-        cut = _cut(len(systems), draw.MOST_SYSTEMS, "groups") + _cut(len(datasets), draw.MOST_PANELS, "datasets")
+        cut = _cut(len(systems), draw.MOST_SYSTEMS, "groups, those with the highest bars")
+        cut += _cut(len(datasets), draw.MOST_PANELS, "datasets")
         return self._add("bars", "bars", partial(draw.bars, rows, self.label, self.metric), cut)
 
     def ablations(self, found: Ablations) -> list[Picture]:
         """A picture for each setting that varies, and for each pair of them."""
         pictures = []
         for axis, lines in found.lines.items():
-            cut = _cut(len(set(draw.line_names(lines))), len(draw.LINES), "lines")
+            there_are, drawn = (len(set(draw.line_names(own))) for own in (lines, draw.drawn_lines(lines)))
+            cut = _cut(there_are, drawn, "lines")
             cut += _cut(len({line.dataset for line in lines}), draw.MOST_PANELS, "datasets")
-            words = {"axis": axis, "points": sum(len(line.values) for line in lines)}
+            variants = dict.fromkeys(VARIANTS[line.variant] for line in draw.drawn_lines(lines))
+            words = {"axis": axis, "points": sum(len(line.values) for line in lines), "variant": " or ".join(variants)}
             make = partial(draw.ablation, axis, lines, self.metric)
             pictures.append(self._add(f"ablation_{slug(axis)}", "ablation", make, cut, **words))
         for pair, maps in found.heat_maps.items():

@@ -8,6 +8,7 @@ from conftest import ROOT, run_script
 
 from errors import UserError
 from experiment_config import ExperimentConfig, build_config, fields, parse_arguments, shown_default
+from report import ReportFlags
 from run_experiments import GridFlags
 
 
@@ -110,7 +111,7 @@ def test_help_names_every_flag_with_its_default():
 def test_the_readme_lists_exactly_the_flags_there_are():
     rows = re.findall(r"^\| `--(\w+)` \| `?(.*?)`? \| (.*?) \|$", (ROOT / "README.md").read_text(), flags=re.M)
     found = {name: (default, meaning) for name, default, meaning in rows}
-    every = [*fields(), *fields(GridFlags)]
+    every = [*fields(), *fields(GridFlags), *fields(ReportFlags)]
     assert list(found) == [f.name for f in every]
     for field in every:
         assert found[field.name] == (shown_default(field), field.metadata["help"]), field.name

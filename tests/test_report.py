@@ -60,7 +60,7 @@ def reported(tmp_path_factory):
         write_run(base / "output" / name, dataset=dataset, lr=lr, variants=ALL, gain=0.1 + 80 * lr, raw=True, tensors=True,
                   usage=usage)  # fmt: skip
     write_run(base / "output" / "halfway", dataset="One", lr=0.1, status="running")
-    done = run_script(REPORT, "output", cwd=base)
+    done = run_script(REPORT, cwd=base)
     return base, done
 
 

@@ -412,11 +412,16 @@ def test_processes_on_several_gpus_share_one_corpus(small_folder, tiny_models, t
 
 
 def test_the_demo_command_of_the_makefile(tmp_path, minilm_cache):
-    """What ``make demo`` runs; the README's table is what it prints."""
+    """What ``make demo`` runs; the README's table is that of its report."""
     recipe = " ".join((ROOT / "Makefile").read_text().replace("\\\n", " ").split())
-    command = re.search(r"run_experiments\.py (--datasets Demo .*?) (?:[a-z-]+:|$)", recipe)[1].split()
+    command = re.search(r"run_experiments\.py (--datasets Demo .*?) \$\(BIN\)", recipe)[1].split()
     assert MINILM in command
     done = run_script(GRID, *command, "--cache_dir", minilm_cache, "--output_dir", tmp_path / "output")
     table = done.stdout.strip().split("\n\n")[0]
     assert table.splitlines()[0].split() == ["dataset", "embedding", "model", "lr", "map", "refined", "change"]
-    assert table in (ROOT / "README.md").read_text()
+    assert "report.py output/demo_grid.csv" in recipe
+    done = run_script("report.py", "output/demo_grid.csv", cwd=tmp_path)
+    assert done.stdout.rstrip().endswith("report: output/report/index.html")
+    report = tmp_path / "output" / "report"
+    assert (report / "main_table.txt").read_text().strip() in (ROOT / "README.md").read_text()
+    assert "detail1_steps.svg" in os.listdir(report / "figures")

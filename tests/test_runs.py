@@ -92,6 +92,17 @@ def test_a_run_leaves_the_files_of_the_design(finished):
     assert "metric" in done.stdout and "original" in done.stdout and "refined" in done.stdout
 
 
+def test_the_tensors_hold_the_metrics_of_each_step(finished):
+    folder, _, _ = finished
+    with safe_open(folder / "tensors" / "optimized_embeddings.safetensors", framework="numpy") as file:
+        by_step, steps = file.get_tensor("trajectory_metrics"), file.get_tensor("steps")
+        names = json.loads(file.metadata()["metrics"])
+    assert names == list(METRICS) and by_step.shape == (len(steps), 6, len(names))
+    for step, variant in ((0, "embeddings"), (-1, "optimized_embeddings")):
+        rows = [[float(row[name] or "nan") for name in names] for row in read_metrics(folder, variant)]
+        np.testing.assert_allclose(by_step[step], rows, atol=2e-6)
+
+
 def test_results_follow_from_the_raw_scores(finished):
     folder, _, _ = finished
     for variant in ("embeddings", "optimized_embeddings"):
