@@ -19,7 +19,7 @@ from conftest import MINILM, ROOT, WORDS, run_script, write_folder_dataset
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from metrics import query_metrics
+from metrics import METRICS, query_metrics
 from query_refinement import refine_queries
 
 RUN = "embedding_adaptation.py"
