@@ -18,6 +18,7 @@ from report_runs import RunRecord
 from significance import bootstrap_interval
 
 MOST_PAIRS = 3  # of axes, as heat maps
+MOST_LOOKED_AT = 200  # runs of a dataset and model, to tell what they differ in
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _nearest(runs: Runs, axis: str) -> str:
     for record in runs.records:
         alike.setdefault((record.dataset, record.model), []).append(record)
     for own in alike.values():
-        for one, other in itertools.combinations(own, 2):
+        for one, other in itertools.combinations(own[:MOST_LOOKED_AT], 2):
             differ = [name for name in runs.axes if one.setting(name) != other.setting(name)]
             if axis in differ and (not fewest or len(differ) < len(fewest)):
                 fewest = differ

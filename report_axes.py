@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,25 @@ class Runs:
     def key(self, record: RunRecord) -> tuple[str, str, tuple[str, ...]]:
         """Dataset, model, and the values of the axes."""
         return record.dataset, record.model, tuple(record.setting(axis) for axis in self.axes)
+
+    @functools.cached_property
+    def _settings_of_model(self) -> dict[tuple[str, str, str], set[str]]:
+        """The settings of each axis that there are of a dataset and model."""
+        found: dict[tuple[str, str, str], set[str]] = {}
+        for record in self.records:
+            for axis in self.axes:
+                found.setdefault((record.dataset, record.model, axis), set()).add(record.setting(axis))
+        return found
+
+    def common_settings(self, records: Iterable[RunRecord]) -> tuple[str, ...]:
+        """The settings of runs that share something, an axis each: "any" where it is all that there are."""
+        records = list(records)
+        common = []
+        for axis in self.axes:
+            own = dict.fromkeys(record.setting(axis) for record in records)
+            there_are = set().union(*(self._settings_of_model[r.dataset, r.model, axis] for r in records))
+            common.append(next(iter(own)) if len(own) == 1 else "any" if own.keys() == there_are else ", ".join(own))
+        return tuple(common)
 
 
 def comparable(records: Sequence[RunRecord], left_out: Sequence[LeftOut], baseline: str) -> Runs:

@@ -18,6 +18,7 @@ from significance import bootstrap_interval, borda_points, holm, randomisation_t
 
 ALPHA = 0.05
 EQUAL = 5e-7  # result files have six digits
+MOST_REASONS = 20  # why systems have no average
 
 
 @dataclass
@@ -25,8 +26,8 @@ class Comparison:
     """One row of the main table: a variant of a run, compared with the baseline of the same run.
 
     Attributes:
-        run: which.
-        variant: which of its variants.
+        runs: which; several where their settings leave the variant, and the baseline, as they are.
+        variant: of the query.
         is_baseline: then nothing is compared, and what follows ``interval`` is empty.
         queries: how many topics have a figure in both.
         mean: of the metric over these.
@@ -37,7 +38,7 @@ class Comparison:
         p, p_holm: of the paired randomisation test, and corrected over all rows of the table.
     """
 
-    run: RunRecord
+    runs: list[RunRecord]
     variant: str
     is_baseline: bool
     queries: int
@@ -51,6 +52,11 @@ class Comparison:
     worse: int = 0
     p: float = math.nan
     p_holm: float = math.nan
+
+    @property
+    def run(self) -> RunRecord:
+        """The first of the runs; what is true of the comparison is true of it."""
+        return self.runs[0]
 
     @property
     def significant(self) -> bool:
@@ -94,30 +100,39 @@ class Averages:
 def compare(runs: Runs, baseline: str) -> list[Comparison]:
     """The rows of the main table: of each run the baseline, then its other variants.
 
+    Runs whose settings do not touch a variant, as the learning rate does not touch the original query, share its row:
+    they are one comparison, and one test.
+
     Args:
-        runs: from :func:`report_runs.comparable`.
+        runs: from :func:`report_axes.comparable`.
         baseline: a variant that all of them have.
     """
-    rows, figures = [], []
+    rows: dict[tuple, Comparison] = {}
+    figures: list[tuple[np.ndarray, np.ndarray]] = []
     for run in runs.records:
         for variant in (baseline, *(other for other in run.values if other != baseline)):
             before, after = run.values[baseline], run.values[variant]
+            same = (run.dataset, run.model, variant, before.tobytes(), after.tobytes())
+            if same in rows:
+                rows[same].runs.append(run)
+                continue
             shared = ~(np.isnan(before) | np.isnan(after))
             before, after = before[shared], after[shared]
-            is_baseline, mean = variant == baseline, float(after.mean()) if len(after) else math.nan
-            rows.append(Comparison(run, variant, is_baseline, len(after), mean))
+            mean = float(after.mean()) if len(after) else math.nan
+            rows[same] = Comparison([run], variant, variant == baseline, len(after), mean)
             figures.append((after, after - before))
-    _fill_intervals(rows, figures)
-    tested = [i for i, row in enumerate(rows) if not row.is_baseline]
+    table = list(rows.values())
+    _fill_intervals(table, figures)
+    tested = [i for i, row in enumerate(table) if not row.is_baseline]
     for i in tested:
-        _fill_change(rows[i], figures[i][1])
-    p_values = np.full(len(rows), math.nan)
+        _fill_change(table[i], figures[i][1])
+    p_values = np.full(len(table), math.nan)
     resamples = resamples_for(len(tested), ALPHA)
-    for same in _by_queries(rows, tested):
+    for same in _by_queries(table, tested):
         p_values[same] = randomisation_test(np.stack([figures[i][1] for i in same], axis=1), resamples)
-    for row, p, p_holm in zip(rows, p_values, holm(p_values), strict=True):
+    for row, p, p_holm in zip(table, p_values, holm(p_values), strict=True):
         row.p, row.p_holm = float(p), float(p_holm)
-    return rows
+    return table
 
 
 def _by_queries(rows: Sequence[Comparison], which: Sequence[int]) -> list[list[int]]:
@@ -162,32 +177,37 @@ def average(runs: Runs, baseline: str) -> Averages:
         dataset, model, settings = runs.key(run)
         for variant in run.values:
             systems.setdefault((model, settings, variant), {})[dataset] = run
-    complete = _merged({system: own for system, own in systems.items() if len(own) == len(datasets)})
     incomplete = [system for system, own in systems.items() if len(own) < len(datasets)]
     # Where the baseline is not complete either, it says all.
     told = [own for own in incomplete if own[2] == baseline or (*own[:2], baseline) not in incomplete]
-    result.refused = [_why_no_average(system, systems, runs) for system in told]
-    if not complete:
-        return result
-    means, changes = np.empty((len(datasets), len(complete))), np.empty((len(datasets), len(complete)))
-    for row, dataset in enumerate(datasets):
+    result.refused = [_why_no_average(system, systems, runs) for system in told[:MOST_REASONS]]
+    if len(told) > MOST_REASONS:
+        result.refused.append(f"and {len(told) - MOST_REASONS} more that are not on all datasets")
+    complete = _merged({system: own for system, own in systems.items() if len(own) == len(datasets)}, runs)
+    means, changes = [], []
+    for dataset in datasets if complete else ():
         after = np.stack([own[dataset].values[variant] for (_, _, variant), own in complete.items()])
         before = np.stack([own[dataset].values[baseline] for own in complete.values()])
         shared = ~(np.isnan(after) | np.isnan(before)).any(axis=0)
-        means[row] = after[:, shared].mean(axis=1) if shared.any() else 0
-        changes[row] = (after - before)[:, shared].mean(axis=1) if shared.any() else 0
+        if not shared.any():
+            result.refused.append(f"{dataset}: none of its queries has a figure in all of these systems")
+            return result
+        means.append(after[:, shared].mean(axis=1))
+        changes.append((after - before)[:, shared].mean(axis=1))
+    if not means:
+        return result
     points = borda_points(np.round(means, 6))
     result.rows = [
         Average(*system, mean, change, own_points, 1 + int((points > own_points).sum()))
         for system, mean, change, own_points in zip(
-            complete, means.mean(axis=0).tolist(), changes.mean(axis=0).tolist(), points.tolist(), strict=True
+            complete, np.mean(means, axis=0).tolist(), np.mean(changes, axis=0).tolist(), points.tolist(), strict=True
         )
     ]
     result.rows.sort(key=lambda own: own.rank)
     return result
 
 
-def _merged(systems: dict[tuple, dict[str, RunRecord]]) -> dict[tuple, dict[str, RunRecord]]:
+def _merged(systems: dict[tuple, dict[str, RunRecord]], runs: Runs) -> dict[tuple, dict[str, RunRecord]]:
     """The systems, those with the very same figures as one: a setting need not change every variant of the query."""
     same: dict[tuple, list[tuple]] = {}
     for system, own in systems.items():
@@ -196,8 +216,7 @@ def _merged(systems: dict[tuple, dict[str, RunRecord]]) -> dict[tuple, dict[str,
         same.setdefault((model, variant, figures), []).append(system)
     merged = {}
     for (model, variant, _), like in same.items():
-        of_axes = zip(*(settings for _, settings, _ in like), strict=True)
-        common = tuple("any" if len(set(values)) > 1 else values[0] for values in of_axes)
+        common = runs.common_settings(run for system in like for run in systems[system].values())
         merged[model, common, variant] = systems[like[0]]
     return merged
 

@@ -112,7 +112,7 @@ def bars(rows: Sequence[Comparison], label: Callable[[RunRecord], str], metric: 
     width = 2.7 + 0.03 * max(map(len, names))  # the names stand on the left of three panels
     figure, axes = _panels(len(datasets), width, 0.8 + 0.14 * len(systems) * (len(variants) + 1), sharey=True)
     for panel, dataset in zip(axes, datasets, strict=True):
-        own = {(label(row.run), row.variant): row for row in rows if row.run.dataset == dataset}
+        own = {(label(run), row.variant): row for row in rows for run in row.runs if run.dataset == dataset}
         for j, variant in enumerate(variants):
             found = [(i, own[system, variant]) for i, system in enumerate(systems) if (system, variant) in own]
             places = np.array([i for i, _ in found]) + (j + 0.5) * thickness - 0.4
@@ -132,7 +132,8 @@ def shown_systems(rows: Sequence[Comparison], label: Callable[[RunRecord], str])
     """The groups of bars, in the order of the table; where there are too many, those with the highest bars."""
     highest: dict[str, float] = {}
     for row in rows:
-        highest[label(row.run)] = max(highest.get(label(row.run), -np.inf), np.nan_to_num(row.mean, nan=-np.inf))
+        for system in map(label, row.runs):
+            highest[system] = max(highest.get(system, -np.inf), np.nan_to_num(row.mean, nan=-np.inf))
     best = sorted(highest, key=lambda system: -highest[system])[:MOST_SYSTEMS]
     return [system for system in highest if system in best]
 

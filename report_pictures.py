@@ -79,7 +79,8 @@ class PictureBook:
 
     def bars(self, rows: Sequence[Comparison]) -> Picture:
         """Means of all variants, with intervals."""
-        systems, datasets = {self.label(row.run) for row in rows}, {row.run.dataset for row in rows}
+        systems = {self.label(run) for row in rows for run in row.runs}
+        datasets = {row.run.dataset for row in rows}
         cut = _cut(len(systems), draw.MOST_SYSTEMS, "groups, those with the highest bars")
         cut += _cut(len(datasets), draw.MOST_PANELS, "datasets")
         return self._add("bars", "bars", partial(draw.bars, rows, self.label, self.metric), cut)

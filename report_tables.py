@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import csv
 import io
 import math
@@ -46,17 +45,12 @@ def main_table(rows: Sequence[Comparison], runs: Runs, baseline: str, metric: st
     header = ["dataset", "embedding model", *runs.axes, "query", "n", metric, "change", "%", "95 % interval"]
     header += ["better/equal/worse", "p", "p (Holm)", ""]
     lines, starts, kinds, last_dataset = [], [], [], None
-    same_baseline = collections.Counter(_baseline_of(row) for row in rows if row.is_baseline)
     for row in rows:
-        dataset, model, settings = runs.key(row.run)
-        if row.is_baseline and (shared_by := same_baseline[_baseline_of(row)]) != 1:
-            if not shared_by:
-                continue  # it stands above
-            settings = ("any",) * len(settings)
-            same_baseline[_baseline_of(row)] = 0
+        dataset, model, _ = runs.key(row.run)
         if dataset != last_dataset:
             starts.append(len(lines))
         last_dataset = dataset
+        settings = runs.common_settings(row.runs)
         lines.append([dataset, model, *settings, variant_name(row), str(row.queries), number(row.mean)])
         kinds.append("baseline" if row.is_baseline else "significant" if row.significant else "")
         if row.is_baseline:
@@ -75,15 +69,10 @@ def main_table(rows: Sequence[Comparison], runs: Runs, baseline: str, metric: st
     ]
     if any(row.run.is_oracle for row in rows):
         notes.append("(oracle): the teacher was the gold labels, which no real teacher equals.")
-    if any("any" in line for line in lines):
-        notes.append(f"any: the {VARIANTS[baseline]} query is the same with all these settings, and stands there once.")
+    if any(len(row.runs) > 1 for row in rows):
+        notes.append("any: the query is the same with all these settings, and stands there once.")
     title = f"Mean {metric} against the {VARIANTS[baseline]} query"
     return Table(title, header, lines, 3 + len(runs.axes), tuple(starts), notes, kinds)
-
-
-def _baseline_of(row: Comparison) -> tuple[str, str, bytes]:
-    """The same for runs whose baselines have the same figures, so that the table need not repeat them."""
-    return row.run.dataset, row.run.model, row.run.values[row.variant].tobytes()
 
 
 def variant_name(row: Comparison) -> str:
@@ -203,12 +192,14 @@ MAIN_COLUMNS = ("queries", "mean", "mean_low", "mean_high", "change", "change_lo
 def main_csv(rows: Sequence[Comparison], runs: Runs, baseline: str, metric: str) -> str:
     """The main table for programs: full precision, empty cells where there is nothing."""
     lines = [["dataset", "embedding_model", *runs.axes, "variant", "teacher", "baseline", "metric", *MAIN_COLUMNS]]
-    for row in rows:
-        dataset, model, settings = runs.key(row.run)
+    places = {id(run): place for place, run in enumerate(runs.records)}
+    of_runs = [(run, row) for row in rows for run in row.runs]
+    for run, row in sorted(of_runs, key=lambda own: places[id(own[0])]):
+        dataset, model, settings = runs.key(run)
         compared = [] if row.is_baseline else [row.change, *row.change_interval, row.relative, row.better, row.equal]
         compared += [] if row.is_baseline else [row.worse, row.p, row.p_holm, row.significant]
-        line = [dataset, model, *settings, row.variant, row.run.setting("teacher"), baseline, metric, row.queries]
-        line += [row.mean, *row.interval, *(compared or [""] * 10), row.run.folder]
+        line = [dataset, model, *settings, row.variant, run.setting("teacher"), baseline, metric, row.queries]
+        line += [row.mean, *row.interval, *(compared or [""] * 10), run.folder]
         lines.append(line)
     return _csv(lines)
 

@@ -144,6 +144,8 @@ def borda_points(means: np.ndarray) -> np.ndarray:
     Returns:
         float64 [systems], from 0 to ``datasets × (systems − 1)``.
     """
-    beats = means[:, :, None] > means[:, None, :]
-    ties = means[:, :, None] == means[:, None, :]
-    return beats.sum(axis=(0, 2)) + (ties.sum(axis=(0, 2)) - len(means)) / 2
+    points = np.zeros(means.shape[1])
+    for row in means:
+        _, place, equal = np.unique(row, return_inverse=True, return_counts=True)
+        points += (np.cumsum(equal) - equal + (equal - 1) / 2)[place]
+    return points
