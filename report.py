@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import logging
 import math
+import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,28 +35,48 @@ from experiment_config import (
 )
 from report_ablations import Ablations, find_ablations
 from report_axes import Runs, comparable
-from report_comparisons import Averages, Comparison, average, compare
+from report_comparisons import Averages, Comparison, average, compare, headline
 from report_details import closest_variant, read_details
-from report_page import described_run, detailed_run, headline, render, usage_table
+from report_page import DetailedRun, described_run, render
 from report_pictures import PictureBook
 from report_runs import RunRecord, find_run_folders, metrics_of, read_runs
-from report_tables import Table, as_latex, as_markdown, as_text, averages_csv, averages_table, main_csv, main_table
+from report_tables import (
+    Table,
+    as_latex,
+    as_markdown,
+    as_text,
+    averages_csv,
+    averages_table,
+    main_csv,
+    main_table,
+    usage_table,
+)
+from report_words import counted, one_line
 from results import VARIANTS, read_json, write_json
 from run_log import start_logging
 
 logger = logging.getLogger(__name__)
 PAGE, MANIFEST, FIGURES = "index.html", "report.json", "figures"
-SAID_ON_TERMINAL = 10  # of the folders that were left out; the page lists all
+MADE_BY = "report.py of test-time query refinement"
+OWN_FILES = re.compile(  # names of files that a report may have and another one not
+    r"averages\.(txt|md|tex|csv)|figures/(tokens|ablation_.*|heat_map_.*|detail\d+_.*)\.(png|svg)"
+)
+SAID_ON_TERMINAL = 10  # lines of each kind; the page has all
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportFlags:
     """The flags of this command."""
 
-    baseline: str = flag("embeddings", "the variant of the query that the others are compared with", one_of(*VARIANTS))
+    baseline: str = flag(
+        "embeddings",
+        "the variant of the query that the others are compared with, by the name of its files ("
+        + ", ".join(f"{name} = {words}" for name, words in VARIANTS.items()) + ")",
+        one_of(*VARIANTS),
+    )  # fmt: skip
     metric: str = flag("map", "what is compared: a metric of the result files", NOT_EMPTY)
     out: str = flag("output/report", "folder of the report", NOT_EMPTY)
-    details: int = flag(3, "how many runs are shown in detail; the best of each dataset come first", NOT_NEGATIVE)
+    details: int = flag(3, "how many runs are shown in detail: of each dataset in turn best, worst, next", NOT_NEGATIVE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,21 +96,23 @@ def main() -> None:
     paths, flags = read_command(sys.argv[1:])
     start_logging()
     out = Path(flags.out)
-    earlier = check_out(out)
+    check_out(out)
     runs = read_all(paths, flags)
-    logger.info("%d runs read, %d folders left out: %.1f s", len(runs.records), len(runs.left_out), _since(started))
+    read, left_out = counted(len(runs.records), "run"), counted(len(runs.left_out), "folder")
+    logger.info("%s read, %s left out: %.1f s", read, left_out, _since(started))
 
     rows = compare(runs, flags.baseline)
     averages, ablations = average(runs, flags.baseline), find_ablations(runs, flags.baseline)
-    found = Findings(runs, rows, averages, ablations, headline(rows, flags.baseline))
+    found = Findings(runs, rows, averages, ablations, headline(rows, VARIANTS[flags.baseline]))
     logger.info("compared: %.1f s", _since(started))
 
     tables = make_tables(found, flags)
+    begin(out, found, flags)
     files = write_tables(out, tables, found, flags)
-    files += write_page(out, tables, found, flags)
-    write_manifest(out, files, earlier, found, flags)
+    pictures, missing = write_page(out, tables, found, flags)
+    remove_others(out, {*files, *pictures})
     logger.info("pictures and page written: %.1f s", _since(started))
-    say(out, tables, found)
+    say(out, tables, found, missing)
 
 
 def _since(started: float) -> float:
@@ -122,19 +146,32 @@ def read_command(argv: Sequence[str]) -> tuple[list[Path], ReportFlags]:
     return paths, ReportFlags(**values)
 
 
-def check_out(out: Path) -> list[str]:
-    """Say before any work when the report could not be written; returns the files of an earlier report there.
+def check_out(out: Path) -> None:
+    """Say before any work when the report could not be written.
 
     Raises:
         UserError: the folder cannot be written, or holds something else than a report.
     """
     check_writable("--out", out)
-    if not is_folder(out) or not any(out.iterdir()):
-        return []
-    files = read_json(out / MANIFEST).get("files")
-    if not isinstance(files, list):
+    if is_folder(out) and any(out.iterdir()) and read_json(out / MANIFEST).get("made_by") != MADE_BY:
         raise UserError(f"--out: {out} holds something else than a report of this program; choose another folder")
-    return [name for name in files if isinstance(name, str)]
+
+
+def begin(out: Path, found: Findings, flags: ReportFlags) -> None:
+    """Mark the folder as a report's before anything else is written there, and say what it is about."""
+    (out / FIGURES).mkdir(parents=True, exist_ok=True)
+    content = {"made_by": MADE_BY, "command": sys.argv, "flags": dataclasses.asdict(flags), "headline": found.headline}
+    content["runs"] = [str(run.folder) for run in found.runs.records]
+    content["left_out"] = {str(own.folder): own.reason for own in found.runs.left_out}
+    write_json(out / MANIFEST, content)
+
+
+def remove_others(out: Path, files: Collection[str]) -> None:
+    """Take away what an earlier report left that this one has not; nobody else's files."""
+    for path in (*out.iterdir(), *(out / FIGURES).iterdir()):
+        name = str(path.relative_to(out))
+        if name not in files and OWN_FILES.fullmatch(name) and path.is_file():
+            path.unlink()
 
 
 def read_all(paths: Sequence[Path], flags: ReportFlags) -> Runs:
@@ -170,7 +207,6 @@ def make_tables(found: Findings, flags: ReportFlags) -> dict[str, Table]:
 
 def write_tables(out: Path, tables: dict[str, Table], found: Findings, flags: ReportFlags) -> list[str]:
     """Write each table in all forms; returns the files' names."""
-    out.mkdir(parents=True, exist_ok=True)
     texts = {}
     for name, table in tables.items():
         texts |= {f"{name}.txt": as_text(table), f"{name}.md": as_markdown(table), f"{name}.tex": as_latex(table)}
@@ -188,100 +224,89 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(content))
 
 
-def write_page(out: Path, tables: dict[str, Table], found: Findings, flags: ReportFlags) -> list[str]:
-    """Draw all pictures, write the page; returns the files' names."""
+def write_page(
+    out: Path, tables: dict[str, Table], found: Findings, flags: ReportFlags
+) -> tuple[list[str], list[str]]:
+    """Draw all pictures, write the page; returns the files' names, and what could not be shown."""
     runs = found.runs
-    (out / FIGURES).mkdir(exist_ok=True)
-    book = PictureBook(out / FIGURES, flags.metric, flags.baseline, lambda run: system_name(run, runs))
+    book = PictureBook(out / FIGURES, runs, flags.metric, flags.baseline)
     page: dict[str, Any] = {"main": tables["main_table"], "averages": tables.get("averages")}
     page |= {"bars": book.bars(found.rows), "ablations": book.ablations(found.ablations)}
     page["details"] = []
     for i, run in enumerate(in_detail(runs, flags), 1):
         own = read_details(run, flags.baseline, flags.metric)
-        pictures = book.details(own, f"detail{i}")
-        page["details"].append(detailed_run(own, run_name(run, runs), pictures, flags.baseline, flags.metric))
+        change = f"{flags.metric}, {VARIANTS[flags.baseline]} → {run.query_name(own.variant)}"
+        page["details"].append(DetailedRun(run_name(run, runs), own, book.details(own, f"detail{i}"), change))
     datasets = len({run.dataset for run in runs.records})
     html = render(
         **page,
-        title=f"Query refinement: {flags.metric} of {_count(len(runs.records), 'run')}",
-        counts=f"{_count(len(runs.records), 'run')} on {_count(datasets, 'dataset')}.",
+        title=f"Query refinement: {flags.metric} of {counted(len(runs.records), 'run')}",
+        counts=f"{counted(len(runs.records), 'run')} on {counted(datasets, 'dataset')}.",
         written=time.strftime("%Y-%m-%d %H:%M %Z"),
         command=shlex.join(["python", "report.py", *sys.argv[1:]]),
         headline=found.headline,
+        metric=flags.metric,
         not_averaged=found.averages.refused,
         refused=found.ablations.refused,
-        how_chosen=f"{len(page['details'])} of {_count(len(runs.records), 'run')}: of each dataset in turn the one "
-        f"whose refined queries have the highest mean {flags.metric}, so they flatter; --details N shows more.",
-        price=book.price(runs.records),
+        how_chosen=f"{len(page['details'])} of {counted(len(runs.records), 'run')}: of each dataset in turn the one "
+        "with the largest change, then the one with the smallest, and so on; an oracle's behind real teachers'. "
+        "--details N shows more.",
+        price=book.price(),
         price_sentences=[] if usage_table(runs) else ["No language model was asked by these runs."],
         usage=usage_table(runs),
         described=[described_run(run, run_name(run, runs)) for run in runs.records],
         left_out=runs.left_out,
     )
     write_text(out / PAGE, html)
-    return [*(str(path.relative_to(out)) for path in book.files), PAGE]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def system_name(run: RunRecord, runs: Runs) -> str:
-    """Embedding model and settings of a run, as far as they tell runs apart."""
-    settings = [f"{axis} {run.setting(axis)}" for axis in runs.axes]
-    several = len({own.model for own in runs.records}) > 1
-    return ", ".join([run.model, *settings] if several or not settings else settings)
+    missing = [f"{own.name}: {line}" for own in page["details"] for line in own.details.missing]
+    return [*(str(path.relative_to(out)) for path in book.files), PAGE], missing
 
 
 def run_name(run: RunRecord, runs: Runs) -> str:
     """Dataset, embedding model and settings of a run."""
-    return ", ".join([run.dataset, run.model, *(f"{axis} {run.setting(axis)}" for axis in runs.axes)])
+    settings = [f"{axis} {value}" for axis, value in runs.named(run).items()]
+    return one_line(", ".join([run.dataset, run.model, *settings]))
 
 
 def in_detail(runs: Runs, flags: ReportFlags) -> list[RunRecord]:
-    """The runs to look at closely: of each dataset in turn the next one by the mean of its refined queries."""
-    of_dataset: dict[str, list[RunRecord]] = {}
-    for run in sorted(runs.records, key=lambda run: -run.mean(closest_variant(run, flags.baseline))):
-        if len(run.values) > 1 and math.isfinite(run.mean(flags.baseline)):
-            of_dataset.setdefault(run.dataset, []).append(run)
-    turns = sorted((nth, dataset) for dataset, own in of_dataset.items() for nth in range(len(own)))
-    return [of_dataset[dataset][nth] for nth, dataset in turns[: flags.details]]
+    """The runs to look at closely: of each dataset in turn those with the largest and the smallest change.
+
+    An oracle's come behind those of real teachers.
+    """
+
+    def change(run: RunRecord) -> float:
+        return run.mean(closest_variant(run, flags.baseline)) - run.mean(flags.baseline)
+
+    rankings: dict[str, list[RunRecord]] = {}
+    for is_oracle in (False, True):
+        of_dataset: dict[str, list[RunRecord]] = {}
+        for run in sorted(runs.records, key=lambda run: run.dataset):
+            if run.is_oracle == is_oracle and len(run.values) > 1 and math.isfinite(change(run)):
+                of_dataset.setdefault(run.dataset, []).append(run)
+        for dataset, own in of_dataset.items():
+            best_first = sorted(own, key=change, reverse=True)
+            both_ends = (best_first.pop(0 if i % 2 == 0 else -1) for i in range(len(own)))
+            rankings.setdefault(dataset, []).extend(both_ends)
+    in_turn = (run for turn in itertools.zip_longest(*rankings.values()) for run in turn if run is not None)
+    return list(itertools.islice(in_turn, flags.details))
 
 
-def write_manifest(out: Path, files: list[str], earlier: list[str], found: Findings, flags: ReportFlags) -> None:
-    """Say which files are the report's, and take those away that an earlier report left and this one has not."""
-    for name in set(earlier) - set(files):
-        path = out / name
-        if path.resolve().is_relative_to(out.resolve()):
-            path.unlink(missing_ok=True)
-    write_json(
-        out / MANIFEST,
-        {
-            "command": sys.argv,
-            "flags": dataclasses.asdict(flags),
-            "headline": found.headline,
-            "files": files,
-            "runs": [str(run.folder) for run in found.runs.records],
-            "left_out": {str(own.folder): own.reason for own in found.runs.left_out},
-        },
-    )
-
-
-def say(out: Path, tables: dict[str, Table], found: Findings) -> None:
+def say(out: Path, tables: dict[str, Table], found: Findings, missing: Sequence[str]) -> None:
     """Print the result: tables, what they come to, what was left out, and where the page is."""
     print()
     for table in tables.values():
         print(as_text(table))
     print("\n".join(found.headline))
-    for what, lines in (("not averaged", found.averages.refused), ("not shown", found.ablations.refused)):
+    left_out = [f"{own.folder}: {own.reason}" for own in found.runs.left_out]
+    for what, lines in (
+        ("not averaged", found.averages.refused),
+        ("not shown", [*found.ablations.refused, *missing]),
+        (f"left out ({len(left_out)})", left_out),
+    ):
         if lines:
-            print(f"\n{what}:", *lines, sep="\n  ")
-    if left_out := found.runs.left_out:
-        print(f"\nleft out ({len(left_out)}):")
-        for own in left_out[:SAID_ON_TERMINAL]:
-            print(f"  {own.folder}: {own.reason}")
-        if len(left_out) > SAID_ON_TERMINAL:
-            print(f"  and {len(left_out) - SAID_ON_TERMINAL} more, listed in the report")
+            print(f"\n{what}:", *lines[:SAID_ON_TERMINAL], sep="\n  ")
+        if len(lines) > SAID_ON_TERMINAL:
+            print(f"  and {len(lines) - SAID_ON_TERMINAL} more, which the page lists")
     print(f"\nreport: {out / PAGE}")
 
 

@@ -1,23 +1,25 @@
 """Which settings of the runs can be shown as an axis: lines of runs that differ in one, grids that differ in two.
 
-Runs that differ in more than the axis are never put on one line; where that leaves nothing, it is said in what else
-they differ. Draws nothing.
+A variant of the query is followed only over settings that it depends on. Runs that differ in more than the axis are
+never put on one line; where that leaves nothing, it is said in what else they differ. Draws nothing.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from report_axes import Runs, different_facts, in_order
+from report_axes import SEED, Runs, depends_on, different_facts, draws, follows_default, in_order, is_number
 from report_runs import RunRecord
+from results import VARIANTS
 from significance import bootstrap_interval
 
 MOST_PAIRS = 3  # of axes, as heat maps
+MOST_CELLS = 40  # of a heat map, each way
 MOST_LOOKED_AT = 200  # runs of a dataset and model, to tell what they differ in
 
 
@@ -27,8 +29,9 @@ class Line:
 
     Attributes:
         dataset, model: of all of them.
-        others: the other axes, as "name value".
+        others: the other axes that the variant depends on, values by name.
         variant: of the query.
+        query: the variant as people read it.
         values: of the setting, in order.
         change, low, high: float64 [len(values)], mean change against the baseline, and its 95 % bootstrap interval.
         queries: how many topics all of them have.
@@ -36,8 +39,9 @@ class Line:
 
     dataset: str
     model: str
-    others: tuple[str, ...]
+    others: dict[str, str]
     variant: str
+    query: str
     values: tuple[object, ...]
     change: np.ndarray
     low: np.ndarray
@@ -51,8 +55,8 @@ class HeatMap:
 
     dataset: str
     model: str
-    others: tuple[str, ...]
-    variant: str
+    others: dict[str, str]
+    query: str
     rows: tuple[object, ...]
     columns: tuple[object, ...]
     change: np.ndarray
@@ -70,50 +74,92 @@ class Ablations:
 
 def find_ablations(runs: Runs, baseline: str) -> Ablations:
     """Everything that the runs can show of their settings."""
-    lines, why_no_line = _all_lines(runs, baseline)
-    heat_maps, why_no_map = _all_heat_maps(runs, baseline)
+    variants = [v for v in dict.fromkeys(v for record in runs.records for v in record.values) if v != baseline]
+    lines, why_no_line = _all_lines(runs, variants, baseline)
+    heat_maps, why_no_map = _all_heat_maps(runs, variants, baseline)
     return Ablations(lines, heat_maps, list(dict.fromkeys(why_no_line + why_no_map)))
 
 
-def _all_lines(runs: Runs, baseline: str) -> tuple[dict[str, list[Line]], list[str]]:
+def _all_lines(runs: Runs, variants: Sequence[str], baseline: str) -> tuple[dict[str, list[Line]], list[str]]:
     lines: dict[str, list[Line]] = {}
     refused: list[str] = []
     for axis in runs.axes:
-        groups = _groups(runs, (axis,))
+        groups = [
+            (variant, own)
+            for variant in variants
+            if depends_on(variant, axis) or depends_on(baseline, axis)
+            for own in _groups(runs, (axis,), variant, baseline)
+        ]
         if not groups:
-            refused.append(f"{axis} is not shown: no two runs differ in it alone; {_nearest(runs, axis)}")
-        for own in groups:
-            if unlike := different_facts(own, by=(axis,)):
+            refused.append(f"{axis} is not shown: no two runs differ in it alone{_nearest(runs, axis, variants)}")
+        for variant, own in groups:
+            if unlike := different_facts(own, by=(axis,), variant=variant):
                 refused.append(_refusal(own, (axis,), unlike))
-            elif found := list(_lines(own, axis, runs, baseline)):
-                lines.setdefault(axis, []).extend(found)
+            elif line := _line(own, axis, variant, runs, baseline):
+                lines.setdefault(axis, []).append(line)
     return lines, refused
 
 
-def _all_heat_maps(runs: Runs, baseline: str) -> tuple[dict[tuple[str, str], list[HeatMap]], list[str]]:
-    heat_maps: dict[tuple[str, str], list[HeatMap]] = {}
+def _all_heat_maps(
+    runs: Runs, variants: Sequence[str], baseline: str
+) -> tuple[dict[tuple[str, str], list[HeatMap]], list[str]]:
+    """Of each pair of axes the maps of one variant; pairs of numbers first."""
+    found: dict[tuple[str, str], list[HeatMap]] = {}
     refused: list[str] = []
-    for pair in itertools.combinations(runs.axes, 2):
-        found = []
-        for own in _groups(runs, pair):
-            if unlike := different_facts(own, by=pair):
+    for pair in itertools.combinations([axis for axis in runs.axes if axis != SEED], 2):
+        maps, why_not = _maps_of(pair, runs, variants, baseline)
+        refused += why_not
+        if any(max(own.change.shape) > MOST_CELLS for own in maps):
+            refused.append(f"{' and '.join(pair)} are not shown as a heat map: more than {MOST_CELLS} values of one")
+        elif maps:
+            found[pair] = maps
+    shown = sorted(found, key=lambda pair: -sum(all(map(is_number, own.rows + own.columns)) for own in found[pair]))
+    for pair in shown[MOST_PAIRS:]:
+        refused.append(f"{' and '.join(pair)} are not shown as a heat map: {MOST_PAIRS} pairs are shown at most")
+    return {pair: found[pair] for pair in shown[:MOST_PAIRS]}, refused
+
+
+def _maps_of(
+    pair: tuple[str, str], runs: Runs, variants: Sequence[str], baseline: str
+) -> tuple[list[HeatMap], list[str]]:
+    """The maps of the first variant that depends on both settings and has any."""
+    refused: list[str] = []
+    for variant in [own for own in variants if all(depends_on(own, axis) for axis in pair)]:
+        maps = []
+        for own in _groups(runs, pair, variant, baseline):
+            if not all(_differ_in_it_alone(own, axis, pair) for axis in pair):
+                continue
+            if unlike := different_facts(own, by=pair, variant=variant):
                 refused.append(_refusal(own, pair, unlike))
-            elif all(_differ_in_it_alone(own, axis, pair) for axis in pair):
-                found += _heat_maps(own, pair, runs, baseline)
-        if found and len(heat_maps) < MOST_PAIRS:
-            heat_maps[pair] = found
-        elif found:
-            refused.append(f"{' and '.join(pair)} are not shown as a heat map: {MOST_PAIRS} pairs are shown at most")
-    return heat_maps, refused
+            elif heat_map := _heat_map(own, pair, variant, runs, baseline):
+                maps.append(heat_map)
+        if maps:
+            return maps, refused
+    return [], refused
 
 
-def _groups(runs: Runs, free: Sequence[str]) -> list[list[RunRecord]]:
-    """Runs that agree in dataset, model and all axes but ``free``; two or more of them."""
-    fixed = [axis for axis in runs.axes if axis not in free]
-    groups: dict[tuple, list[RunRecord]] = {}
-    for record in runs.records:
-        groups.setdefault((record.dataset, record.model, *map(record.setting, fixed)), []).append(record)
-    return [own for own in groups.values() if len(own) > 1]
+def _groups(runs: Runs, free: Sequence[str], variant: str, baseline: str) -> list[list[RunRecord]]:
+    """Runs with a variant that agree in dataset, model and all axes that it depends on but ``free``; two or more.
+
+    Of runs that agree in these, too, the first. Where ``total_scores`` is free, ``scores_from_top`` may follow it as it
+    does by default. Where the seed is free, something is drawn with it.
+    """
+    axes = runs.axes_of(variant, baseline)
+    fixed = [axis for axis in axes if axis not in free]
+    records = [own for own in runs.records if variant in own.values and (SEED not in free or draws(own))]
+    found = _agreeing(records, fixed, free)
+    if "total_scores" in free and "scores_from_top" in fixed:
+        following = [own for own in records if follows_default(own)]
+        found += _agreeing(following, [axis for axis in fixed if axis != "scores_from_top"], free)
+    return found
+
+
+def _agreeing(records: Sequence[RunRecord], fixed: Sequence[str], free: Sequence[str]) -> list[list[RunRecord]]:
+    groups: dict[tuple, dict[tuple, RunRecord]] = {}
+    for record in records:
+        group = groups.setdefault((record.dataset, record.model, *map(record.setting, fixed)), {})
+        group.setdefault(tuple(map(record.setting, free)), record)
+    return [list(own.values()) for own in groups.values() if len(own) > 1]
 
 
 def _differ_in_it_alone(own: Sequence[RunRecord], axis: str, pair: Sequence[str]) -> bool:
@@ -127,29 +173,23 @@ def _refusal(own: Sequence[RunRecord], axes: Sequence[str], unlike: Sequence[str
     return f"{what} are not compared: they differ in {', '.join(unlike)}, too"
 
 
-def _nearest(runs: Runs, axis: str) -> str:
-    """What else two runs differ in that differ in ``axis``, for the two that differ least."""
+def _nearest(runs: Runs, axis: str, variants: Sequence[str]) -> str:
+    """What else two runs differ in that differ in ``axis``, for two that differ little."""
     fewest: list[str] = []
-    alike: dict[tuple[str, str], list[RunRecord]] = {}
-    for record in runs.records:
-        alike.setdefault((record.dataset, record.model), []).append(record)
-    for own in alike.values():
-        for one, other in itertools.combinations(own[:MOST_LOOKED_AT], 2):
-            differ = [name for name in runs.axes if one.setting(name) != other.setting(name)]
-            if axis in differ and (not fewest or len(differ) < len(fewest)):
-                fewest = differ
-    if not fewest:
-        return "it only differs between datasets or models"
-    return f"those that come nearest differ in {', '.join(name for name in fewest if name != axis)}, too"
-
-
-def _others(record: RunRecord, runs: Runs, free: Sequence[str]) -> tuple[str, ...]:
-    return tuple(f"{axis} {record.setting(axis)}" for axis in runs.axes if axis not in free)
-
-
-def _compared_variants(own: Sequence[RunRecord], baseline: str) -> list[str]:
-    """The variants that all runs have, less the baseline."""
-    return [v for v in own[0].values if v != baseline and all(v in record.values for record in own)]
+    for variant in [own for own in variants if depends_on(own, axis)]:
+        alike: dict[tuple[str, str], dict[str, list[RunRecord]]] = {}
+        for record in runs.records:
+            if variant in record.values:
+                by_value = alike.setdefault((record.dataset, record.model), {})
+                by_value.setdefault(record.setting(axis), []).append(record)
+        for by_value in alike.values():
+            some = [own[: max(1, MOST_LOOKED_AT // len(by_value))] for own in by_value.values()]
+            for one, other in itertools.combinations(itertools.chain(*some), 2):
+                differ = [name for name in runs.axes_of(variant) if one.setting(name) != other.setting(name)]
+                if axis in differ and (not fewest or len(differ) < len(fewest)):
+                    fewest = differ
+    others = [name for name in fewest if name != axis]
+    return f"; some differ in {', '.join(others)}, too" if others else ", all else being equal"
 
 
 def _differences(own: Sequence[RunRecord], variant: str, baseline: str) -> np.ndarray:
@@ -158,31 +198,37 @@ def _differences(own: Sequence[RunRecord], variant: str, baseline: str) -> np.nd
     return changes[~np.isnan(changes).any(axis=1)]
 
 
-def _lines(own: list[RunRecord], axis: str, runs: Runs, baseline: str) -> Iterable[Line]:
+def _place(own: Sequence[RunRecord], free: Sequence[str], variant: str, runs: Runs) -> Iterator[object]:
+    """Dataset, model and the other axes that the variant depends on."""
+    others = {}
+    for axis in runs.axes_of(variant):
+        if axis not in free:
+            values = {record.setting(axis) for record in own}
+            others[axis] = values.pop() if len(values) == 1 else "as by default"
+    yield from (own[0].dataset, own[0].model, others)
+
+
+def _line(own: list[RunRecord], axis: str, variant: str, runs: Runs, baseline: str) -> Line | None:
     own = sorted(own, key=lambda record: in_order(record.settings[axis]))
+    changes = _differences(own, variant, baseline)
+    if not len(changes):
+        return None
+    names = {record.query_name(variant) for record in own}
+    query = names.pop() if len(names) == 1 else VARIANTS[variant]
     values = tuple(record.settings[axis] for record in own)
-    for variant in _compared_variants(own, baseline):
-        changes = _differences(own, variant, baseline)
-        if not len(changes):
-            continue
-        low, high = bootstrap_interval(changes)
-        place = (own[0].dataset, own[0].model, _others(own[0], runs, (axis,)), variant)
-        yield Line(*place, values, changes.mean(axis=0), low, high, len(changes))
+    figures = (changes.mean(axis=0), *bootstrap_interval(changes), len(changes))
+    return Line(*_place(own, (axis,), variant, runs), variant, query, values, *figures)
 
 
-def _heat_maps(own: list[RunRecord], pair: tuple[str, str], runs: Runs, baseline: str) -> Iterable[HeatMap]:
-    """The map of the first refined variant, or of the first other there is."""
-    variants = _compared_variants(own, baseline)
-    variants.sort(key=lambda variant: not variant.startswith("optimized"))
-    for variant in variants[:1]:
-        changes = _differences(own, variant, baseline)
-        rows, columns = (
-            tuple(sorted({record.settings[axis] for record in own}, key=in_order)) for axis in pair
-        )
-        cells = np.full((len(rows), len(columns)), math.nan)
-        for record, change in zip(own, changes.T, strict=True):
-            if len(change):
-                place = rows.index(record.settings[pair[0]]), columns.index(record.settings[pair[1]])
-                cells[place] = change.mean()
-        place = (own[0].dataset, own[0].model, _others(own[0], runs, pair), variant)
-        yield HeatMap(*place, rows, columns, cells, len(changes))
+def _heat_map(
+    own: list[RunRecord], pair: tuple[str, str], variant: str, runs: Runs, baseline: str
+) -> HeatMap | None:
+    changes = _differences(own, variant, baseline)
+    if not len(changes):
+        return None
+    rows, columns = (tuple(sorted({record.settings[axis] for record in own}, key=in_order)) for axis in pair)
+    cells = np.full((len(rows), len(columns)), math.nan)
+    for record, change in zip(own, changes.mean(axis=0), strict=True):
+        cells[rows.index(record.settings[pair[0]]), columns.index(record.settings[pair[1]])] = change
+    place = _place(own, pair, variant, runs)
+    return HeatMap(*place, own[0].query_name(variant), rows, columns, cells, len(changes))

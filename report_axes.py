@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiment_config import short_hash
+from experiment_config import ExperimentConfig, short_hash
 from report_runs import LeftOut, RunRecord
 from results import VARIANTS, variant_files
 
+# Settings that every variant depends on, and those that only variants with a hypothetical document do; all others are
+# about the teacher and refinement.
+OF_EMBEDDING = ("embedding_model_revision", "embedder_dtype", "embedder_max_tokens", "instruction_templates")
+OF_HYDE = ("hyde_model", "hyde_samples", "hyde_average_query")
+NOT_REFINED = ("embeddings", "hyde")
 # Which setting accounts for which fact: runs that differ in the setting may differ in these.
 ACCOUNTS_FOR = {
     "teacher": ("teacher's prompt or weights",),
@@ -30,6 +34,8 @@ ACCOUNTS_FOR = {
         "teacher's prompt or weights",
     ),
 }
+ANY = "any"
+SEED = "random_seed"  # runs that differ in it are repetitions
 
 
 @dataclass(frozen=True)
@@ -37,104 +43,148 @@ class Runs:
     """What a report is about.
 
     Attributes:
-        records: by dataset, model and settings; no two agree in dataset, model and the axes.
-        axes: the settings that vary across the runs, in the order of the flags.
+        records: by dataset, model and settings.
+        axes: the settings that vary across the runs: those of the embedding first, then in the order of the flags.
         left_out: and why.
+        twice: datasets that are there under one name with different contents, and what they are called here.
     """
 
     records: list[RunRecord]
     axes: tuple[str, ...]
     left_out: list[LeftOut]
+    twice: dict[str, list[str]]
 
-    def key(self, record: RunRecord) -> tuple[str, str, tuple[str, ...]]:
-        """Dataset, model, and the values of the axes."""
-        return record.dataset, record.model, tuple(record.setting(axis) for axis in self.axes)
+    def axes_of(self, *variants: str) -> list[str]:
+        """The axes that at least one of these variants depends on."""
+        return [axis for axis in self.axes if any(depends_on(variant, axis) for variant in variants)]
 
-    @functools.cached_property
-    def _settings_of_model(self) -> dict[tuple[str, str, str], set[str]]:
-        """The settings of each axis that there are of a dataset and model."""
-        found: dict[tuple[str, str, str], set[str]] = {}
-        for record in self.records:
-            for axis in self.axes:
-                found.setdefault((record.dataset, record.model, axis), set()).add(record.setting(axis))
-        return found
+    def settings(self, record: RunRecord, *variants: str) -> tuple[str, ...]:
+        """A run's settings, an axis each; "any" where none of the variants depends on it."""
+        own = [axis for axis in self.axes_of(*variants) if axis != SEED or draws(record)]
+        return tuple(record.setting(axis) if axis in own else ANY for axis in self.axes)
 
-    def common_settings(self, records: Iterable[RunRecord]) -> tuple[str, ...]:
-        """The settings of runs that share something, an axis each: "any" where it is all that there are."""
-        records = list(records)
-        common = []
-        for axis in self.axes:
-            own = dict.fromkeys(record.setting(axis) for record in records)
-            there_are = set().union(*(self._settings_of_model[r.dataset, r.model, axis] for r in records))
-            common.append(next(iter(own)) if len(own) == 1 else "any" if own.keys() == there_are else ", ".join(own))
-        return tuple(common)
+    def named(self, record: RunRecord, *variants: str) -> dict[str, str]:
+        """A run's settings of the axes that the variants depend on (without variants: of all), by name."""
+        return {axis: record.setting(axis) for axis in (self.axes_of(*variants) if variants else self.axes)}
+
+
+def depends_on(variant: str, setting: str) -> bool:
+    """Whether a setting can change a variant of the query: the learning rate does nothing to the original one."""
+    if setting in OF_EMBEDDING:
+        return True
+    if setting in OF_HYDE:
+        return "hyde" in variant
+    return variant not in NOT_REFINED
+
+
+def draws(record: RunRecord) -> bool:
+    """Whether a run's documents for the teacher are drawn in part, so that the seed matters."""
+    return record.settings["scores_from_top"] < record.settings["total_scores"]
+
+
+def follows_default(record: RunRecord) -> bool:
+    """Whether ``scores_from_top`` is what it is by default, which follows ``total_scores``."""
+    default = min(ExperimentConfig.scores_from_top, record.settings["total_scores"])
+    return record.settings["scores_from_top"] == default
 
 
 def comparable(records: Sequence[RunRecord], left_out: Sequence[LeftOut], baseline: str) -> Runs:
-    """Find what varies, and leave out runs of which two would be in one place of the table.
+    """Leave out what cannot be compared, and find what varies among the rest.
 
-    Of runs with the same settings and facts the latest counts. Runs with the same settings that differ in something
-    the table does not show are all left out, with the difference named.
+    Of runs with the same settings the latest counts, and others for the variants that it has not. Where such runs
+    differ in what no table shows, all are left out, and the difference is named.
     """
     left_out = list(left_out)
-    with_baseline = [record for record in records if baseline in record.values]
     left_out += [
         LeftOut(record.folder, f"has no {VARIANTS[baseline]} queries ({variant_files(baseline)[0]}) to compare with")
         for record in records
         if baseline not in record.values
     ]
-    named = _short_names(with_baseline)
-    axes = tuple(
-        name
-        for name in (named[0].settings if named else ())
-        if len({record.setting(name) for record in named}) > 1
-    )
-    runs = Runs([], axes, left_out)
-    places: dict[tuple, list[RunRecord]] = {}
+    named = _short_names([record for record in records if baseline in record.values])
+    same: dict[tuple, list[RunRecord]] = {}
     for record in named:
-        places.setdefault(runs.key(record), []).append(record)
-    for own in places.values():
+        same.setdefault((record.dataset, record.model, *map(str, record.settings.values())), []).append(record)
+    kept: list[RunRecord] = []
+    for own in same.values():
         if unlike := different_facts(own):
             names = ", ".join(str(record.folder) for record in own)
             reason = f"same settings, but they differ in {', '.join(unlike)}, which the table does not show: {names}"
             left_out += [LeftOut(record.folder, reason) for record in own]
-            continue
-        latest = max(own, key=lambda record: str(record.config.get("started")))
-        runs.records.append(latest)
-        left_out += [
-            LeftOut(record.folder, f"the same experiment as {latest.folder}, which is later")
-            for record in own
-            if record is not latest
-        ]
-    runs.records.sort(key=lambda record: _order(record, axes))
-    _keep_same_topics(runs)
-    return runs
+        else:
+            kept += _latest(own, left_out)
+    kept = _with_same_topics(kept, left_out)
+    axes = _axes(kept)
+    kept.sort(key=lambda record: _order(record, axes))
+    twice: dict[str, list[str]] = {}
+    for record in kept:
+        names = twice.setdefault(record.config["dataset"]["name"], [])
+        if record.dataset not in names:
+            names.append(record.dataset)
+    return Runs(kept, axes, left_out, {name: own for name, own in twice.items() if len(own) > 1})
 
 
-def _keep_same_topics(runs: Runs) -> None:
-    """Leave out runs whose files name other topics than those of other runs on the same dataset."""
-    times = collections.Counter((record.dataset, record.topics) for record in runs.records)
+def _latest(own: Sequence[RunRecord], left_out: list[LeftOut]) -> list[RunRecord]:
+    """Of runs of the same experiment those with most variants, of these the latest; others for what it has not."""
+    kept: list[RunRecord] = []
+    for record in sorted(own, key=lambda record: (len(record.values), str(record.config.get("started"))), reverse=True):
+        if record.values.keys() <= set().union(*(other.values for other in kept)):
+            what = "is later" if len(record.values) == len(kept[0].values) else "has more variants"
+            left_out.append(LeftOut(record.folder, f"the same experiment as {kept[0].folder}, which {what}"))
+        else:
+            kept.append(record)
+    return kept
+
+
+def _with_same_topics(records: Sequence[RunRecord], left_out: list[LeftOut]) -> list[RunRecord]:
+    """The runs whose files name the same topics, in the same order, as most runs on the dataset."""
+    times = collections.Counter((record.dataset, record.topics) for record in records)
     usual = {dataset: topics for (dataset, topics), _ in reversed(times.most_common())}
-    for record in list(runs.records):
-        if record.topics != usual[record.dataset]:
-            runs.records.remove(record)
-            runs.left_out.append(LeftOut(record.folder, f"has other topics than other runs on {record.dataset}"))
-
-
-def different_facts(records: Sequence[RunRecord], by: Iterable[str] = ()) -> list[str]:
-    """The facts in which runs differ that differences in the settings ``by`` do not account for."""
-    expected = {fact for setting in by for fact in ACCOUNTS_FOR.get(setting, ())}
-    return [
-        fact
-        for fact in (records[0].facts if records else ())
-        if fact not in expected and len({str(record.facts[fact]) for record in records}) > 1
+    left_out += [
+        LeftOut(record.folder, f"has other topics, or another order of them, than other runs on {record.dataset}")
+        for record in records
+        if record.topics != usual[record.dataset]
     ]
+    return [record for record in records if record.topics == usual[record.dataset]]
+
+
+def _axes(records: Sequence[RunRecord]) -> tuple[str, ...]:
+    """The settings that vary; not those that only follow another one."""
+    names = list(records[0].settings) if records else []
+    axes = [name for name in names if len({record.setting(name) for record in records}) > 1]
+    if all(map(follows_default, records)):
+        axes = [name for name in axes if name != "scores_from_top"]
+    if len({own.settings[SEED] for own in records if draws(own)}) < 2:
+        axes = [name for name in axes if name != SEED]
+    return tuple(sorted(axes, key=lambda name: name not in OF_EMBEDDING))
+
+
+def different_facts(
+    records: Sequence[RunRecord], by: Iterable[str] = (), variant: str | None = None
+) -> list[str]:
+    """The facts in which runs differ that differences in the settings ``by`` do not account for.
+
+    Args:
+        records: of one dataset and model.
+        by: settings.
+        variant: of the query, where only what it depends on counts.
+    """
+    passed = {fact for setting in by for fact in ACCOUNTS_FOR.get(setting, ())}
+    if variant in NOT_REFINED:
+        passed.add("teacher's prompt or weights")
+    if variant is not None and "hyde" not in variant:
+        passed.add("HyDE prompt")
+    found = []
+    for fact in records[0].facts if records else ():
+        values = {record.facts[fact] for record in records if fact != "HyDE prompt" or record.facts[fact] is not None}
+        if fact not in passed and len(values) > 1:
+            found.append(fact)
+    return found
 
 
 def _short_names(records: Sequence[RunRecord]) -> list[RunRecord]:
     """Datasets and models by their last names where these tell them apart, else with a hash of what they are."""
-    dataset_of = _labels({(r.dataset, r.facts["dataset"]) for r in records})
-    model_of = _labels({(r.model, r.facts["model"]) for r in records})
+    dataset_of = _names({(record.dataset, record.facts["dataset"]) for record in records})
+    model_of = _names({(record.model, record.facts["model"]) for record in records})
     return [
         dataclasses.replace(
             record,
@@ -145,27 +195,32 @@ def _short_names(records: Sequence[RunRecord]) -> list[RunRecord]:
     ]
 
 
-def _labels(things: Iterable[tuple[str, Any]]) -> dict[tuple[str, Any], str]:
+def _names(things: Iterable[tuple[str, Any]]) -> Mapping[tuple[str, Any], str]:
     things = set(things)
     last = {name: name.rstrip("/").rsplit("/", 1)[-1] for name, _ in things}
-    labels = {}
+    times = collections.Counter(name for name, _ in things)
+    times_last = collections.Counter(last.values())
+    names = {}
     for name, identity in things:
-        same_last = {other for other in last if last[other] == last[name]}
-        label = last[name] if len(same_last) == 1 else name
-        several = len({other for other in things if other[0] == name}) > 1
-        labels[name, identity] = f"{label} [{short_hash(identity)[:6]}]" if several else label
-    return labels
+        short = last[name] if times_last[last[name]] == 1 else name
+        names[name, identity] = f"{short} [{short_hash(identity)[:6]}]" if times[name] > 1 else short
+    return names
 
 
 def _order(record: RunRecord, axes: Sequence[str]) -> tuple:
     """Datasets and models by name, settings by value, numbers before words."""
-    return record.dataset.lower(), record.model.lower(), *(in_order(record.settings.get(axis)) for axis in axes)
+    return record.dataset.lower(), record.model.lower(), *(in_order(record.settings[axis]) for axis in axes)
 
 
 def in_order(value: Any) -> tuple[int, float, str]:
     """A key that puts nothing first, then numbers by size, then words."""
     if value is None:
         return 0, 0.0, ""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not is_number(value) or not math.isfinite(value):
         return 2, 0.0, str(value)
     return 1, float(value), ""
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a number, and no switch."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

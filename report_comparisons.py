@@ -13,7 +13,7 @@ import numpy as np
 
 from report_axes import Runs
 from report_runs import RunRecord
-from results import VARIANTS
+from report_words import counted
 from significance import bootstrap_interval, borda_points, holm, randomisation_test, resamples_for
 
 ALPHA = 0.05
@@ -26,8 +26,9 @@ class Comparison:
     """One row of the main table: a variant of a run, compared with the baseline of the same run.
 
     Attributes:
-        runs: which; several where their settings leave the variant, and the baseline, as they are.
+        runs: which; several where they differ only in settings that neither the variant nor the baseline depends on.
         variant: of the query.
+        query: the variant as people read it.
         is_baseline: then nothing is compared, and what follows ``interval`` is empty.
         queries: how many topics have a figure in both.
         mean: of the metric over these.
@@ -40,6 +41,7 @@ class Comparison:
 
     runs: list[RunRecord]
     variant: str
+    query: str
     is_baseline: bool
     queries: int
     mean: float
@@ -55,8 +57,13 @@ class Comparison:
 
     @property
     def run(self) -> RunRecord:
-        """The first of the runs; what is true of the comparison is true of it."""
+        """The first of the runs; what the comparison says is true of all."""
         return self.runs[0]
+
+    @property
+    def direction(self) -> int:
+        """1 where the mean is higher than the baseline's, -1 where it is lower, 0 where it is the same."""
+        return int(self.change > EQUAL) - int(self.change < -EQUAL)
 
     @property
     def significant(self) -> bool:
@@ -69,7 +76,7 @@ class Average:
     """A system over all datasets: an embedding model with its settings, and a variant of the query.
 
     Attributes:
-        model, settings, variant: the system; settings are the values of the axes.
+        model, settings, query: the system; settings are the values of the axes.
         mean: of its means on the datasets.
         change: of its changes against the baseline.
         points: Borda count; most is datasets × (systems − 1).
@@ -78,6 +85,7 @@ class Average:
 
     model: str
     settings: tuple[str, ...]
+    query: str
     variant: str
     mean: float
     change: float
@@ -87,10 +95,10 @@ class Average:
 
 @dataclass
 class Averages:
-    """The averages, over which datasets they are, and what has none and why."""
+    """The averages, over how many queries of which datasets they are, and what has none and why."""
 
     rows: list[Average] = field(default_factory=list)
-    datasets: list[str] = field(default_factory=list)
+    queries: dict[str, int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
 
 
@@ -107,134 +115,135 @@ def compare(runs: Runs, baseline: str) -> list[Comparison]:
         runs: from :func:`report_axes.comparable`.
         baseline: a variant that all of them have.
     """
-    rows: dict[tuple, Comparison] = {}
-    figures: list[tuple[np.ndarray, np.ndarray]] = []
+    found: dict[tuple, Comparison] = {}
     for run in runs.records:
         for variant in (baseline, *(other for other in run.values if other != baseline)):
             before, after = run.values[baseline], run.values[variant]
-            same = (run.dataset, run.model, variant, before.tobytes(), after.tobytes())
-            if same in rows:
-                rows[same].runs.append(run)
+            settings = runs.settings(run, variant, baseline)
+            same = (run.dataset, run.model, settings, variant, before.tobytes(), after.tobytes())
+            if same in found:
+                found[same].runs.append(run)
                 continue
-            shared = ~(np.isnan(before) | np.isnan(after))
-            before, after = before[shared], after[shared]
-            mean = float(after.mean()) if len(after) else math.nan
-            rows[same] = Comparison([run], variant, variant == baseline, len(after), mean)
-            figures.append((after, after - before))
-    table = list(rows.values())
-    _fill_intervals(table, figures)
-    tested = [i for i, row in enumerate(table) if not row.is_baseline]
-    for i in tested:
-        _fill_change(table[i], figures[i][1])
-    p_values = np.full(len(table), math.nan)
+            own = after[~np.isnan(before + after)]
+            mean = float(own.mean()) if len(own) else math.nan
+            found[same] = Comparison([run], variant, run.query_name(variant), variant == baseline, len(own), mean)
+    rows = list(found.values())
+    tested = [row for row in rows if not row.is_baseline]
     resamples = resamples_for(len(tested), ALPHA)
-    for same in _by_queries(table, tested):
-        p_values[same] = randomisation_test(np.stack([figures[i][1] for i in same], axis=1), resamples)
-    for row, p, p_holm in zip(table, p_values, holm(p_values), strict=True):
-        row.p, row.p_holm = float(p), float(p_holm)
-    return table
+    for same in _of_one_size(rows):
+        _fill_in(same, baseline, resamples)
+    for row, p_holm in zip(tested, holm(np.array([row.p for row in tested])), strict=True):
+        row.p_holm = float(p_holm)
+    return rows
 
 
-def _by_queries(rows: Sequence[Comparison], which: Sequence[int]) -> list[list[int]]:
-    """Rows with as many queries, to be treated together."""
-    groups: dict[int, list[int]] = {}
-    for i in which:
-        groups.setdefault(rows[i].queries, []).append(i)
+def _of_one_size(rows: Sequence[Comparison]) -> list[list[Comparison]]:
+    """Rows of datasets with as many topics, to be treated together."""
+    groups: dict[int, list[Comparison]] = {}
+    for row in rows:
+        groups.setdefault(len(row.run.topics), []).append(row)
     return list(groups.values())
 
 
-def _fill_intervals(rows: Sequence[Comparison], figures: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-    for same in _by_queries(rows, range(len(rows))):
-        means = bootstrap_interval(np.stack([figures[i][0] for i in same], axis=1))
-        changes = bootstrap_interval(np.stack([figures[i][1] for i in same], axis=1))
-        for column, i in enumerate(same):
-            rows[i].interval = (float(means[0][column]), float(means[1][column]))
-            if not rows[i].is_baseline:
-                rows[i].change_interval = (float(changes[0][column]), float(changes[1][column]))
+def _fill_in(rows: Sequence[Comparison], baseline: str, resamples: int) -> None:
+    """Intervals, changes, counts and p-values of rows with as many topics."""
+    after = np.stack([row.run.values[row.variant] for row in rows], axis=1)
+    before = np.stack([row.run.values[baseline] for row in rows], axis=1)
+    changes = after - before  # NaN where one of them is
+    after = np.where(np.isnan(changes), np.nan, after)
+    p_values = randomisation_test(changes, resamples)
+    for row, *own in zip(rows, *bootstrap_interval(after), *bootstrap_interval(changes), p_values, strict=True):
+        low, high, change_low, change_high, p = map(float, own)
+        row.interval = (low, high)
+        if not row.is_baseline:
+            row.change_interval, row.p = (change_low, change_high), p
+    for row, column in zip(rows, changes.T, strict=True):
+        known = column[~np.isnan(column)]
+        if not row.is_baseline and len(known):
+            row.change = float(known.mean())
+            earlier = row.mean - row.change
+            row.relative = row.change / earlier if earlier > 0 else math.nan
+            row.better, row.worse = int((known > EQUAL).sum()), int((known < -EQUAL).sum())
+            row.equal = len(known) - row.better - row.worse
 
 
-def _fill_change(row: Comparison, differences: np.ndarray) -> None:
-    if not len(differences):
-        return
-    row.change = float(differences.mean())
-    before = row.mean - row.change
-    row.relative = row.change / before if before > 0 else math.nan
-    row.better, row.worse = int((differences > EQUAL).sum()), int((differences < -EQUAL).sum())
-    row.equal = len(differences) - row.better - row.worse
+# --- Averages --------------------------------------------------------------------------------------------------------
 
 
 def average(runs: Runs, baseline: str) -> Averages:
-    """Averages over datasets, of the systems that were run on all of them; empty for a single dataset.
+    """Averages over datasets, of the systems that have figures on all of them; empty for a single dataset.
 
-    On each dataset the topics count that all these systems have.
+    On each dataset those topics count that all these systems have.
     """
     datasets = list(dict.fromkeys(run.dataset for run in runs.records))
-    result = Averages(datasets=datasets)
+    result = Averages()
     if len(datasets) < 2:
         return result
-    systems: dict[tuple[str, tuple[str, ...], str], dict[str, RunRecord]] = {}
+    if runs.twice:
+        result.refused = [f"{name} is there with different contents, as {', '.join(own)}" for name, own in
+                          runs.twice.items()]  # fmt: skip
+        return result
+    systems: dict[tuple, dict[str, RunRecord]] = {}
     for run in runs.records:
-        dataset, model, settings = runs.key(run)
         for variant in run.values:
-            systems.setdefault((model, settings, variant), {})[dataset] = run
-    incomplete = [system for system, own in systems.items() if len(own) < len(datasets)]
-    # Where the baseline is not complete either, it says all.
-    told = [own for own in incomplete if own[2] == baseline or (*own[:2], baseline) not in incomplete]
-    result.refused = [_why_no_average(system, systems, runs) for system in told[:MOST_REASONS]]
+            system = (run.model, runs.settings(run, variant, baseline), run.query_name(variant), variant)
+            if not np.isnan(run.values[variant] + run.values[baseline]).all():
+                systems.setdefault(system, {}).setdefault(run.dataset, run)
+    told = [_why_no_average(own, systems, runs) for own in systems if len(systems[own]) < len(datasets)]
+    result.refused = told[:MOST_REASONS]
     if len(told) > MOST_REASONS:
-        result.refused.append(f"and {len(told) - MOST_REASONS} more that are not on all datasets")
-    complete = _merged({system: own for system, own in systems.items() if len(own) == len(datasets)}, runs)
+        result.refused.append(f"and {counted(len(told) - MOST_REASONS, 'more system')} without all datasets")
+    complete = {system: own for system, own in systems.items() if len(own) == len(datasets)}
     means, changes = [], []
     for dataset in datasets if complete else ():
-        after = np.stack([own[dataset].values[variant] for (_, _, variant), own in complete.items()])
+        after = np.stack([own[dataset].values[system[-1]] for system, own in complete.items()])
         before = np.stack([own[dataset].values[baseline] for own in complete.values()])
-        shared = ~(np.isnan(after) | np.isnan(before)).any(axis=0)
+        shared = ~np.isnan(after + before).any(axis=0)
         if not shared.any():
-            result.refused.append(f"{dataset}: none of its queries has a figure in all of these systems")
+            result.refused.append(f"{dataset}: none of its queries has a figure in all of the systems")
             return result
+        result.queries[dataset] = int(shared.sum())
         means.append(after[:, shared].mean(axis=1))
         changes.append((after - before)[:, shared].mean(axis=1))
-    if not means:
-        return result
-    points = borda_points(np.round(means, 6))
-    result.rows = [
-        Average(*system, mean, change, own_points, 1 + int((points > own_points).sum()))
-        for system, mean, change, own_points in zip(
-            complete, np.mean(means, axis=0).tolist(), np.mean(changes, axis=0).tolist(), points.tolist(), strict=True
-        )
-    ]
-    result.rows.sort(key=lambda own: own.rank)
+    if means:
+        points = borda_points(np.round(means, 6))
+        figures = zip(np.mean(means, axis=0).tolist(), np.mean(changes, axis=0).tolist(), points.tolist(), strict=True)
+        result.rows = [
+            Average(*system, *own, rank=1 + int((points > own[-1]).sum()))
+            for system, own in zip(complete, figures, strict=True)
+        ]
+        result.rows.sort(key=lambda own: own.rank)
     return result
-
-
-def _merged(systems: dict[tuple, dict[str, RunRecord]], runs: Runs) -> dict[tuple, dict[str, RunRecord]]:
-    """The systems, those with the very same figures as one: a setting need not change every variant of the query."""
-    same: dict[tuple, list[tuple]] = {}
-    for system, own in systems.items():
-        model, _, variant = system
-        figures = tuple(own[dataset].values[variant].tobytes() for dataset in sorted(own))
-        same.setdefault((model, variant, figures), []).append(system)
-    merged = {}
-    for (model, variant, _), like in same.items():
-        common = runs.common_settings(run for system in like for run in systems[system].values())
-        merged[model, common, variant] = systems[like[0]]
-    return merged
 
 
 def _why_no_average(system: tuple, systems: dict[tuple, dict[str, RunRecord]], runs: Runs) -> str:
     """A line for a system that some dataset lacks: which, and what the model's runs there differ in."""
-    model, settings, variant = system
+    model, settings, query, variant = system
     missing = sorted({run.dataset for run in runs.records} - systems[system].keys())
-    elsewhere = [own for own in systems if own[0] == model and own[2] == variant and set(missing) & systems[own].keys()]
+    alike = [own for own in systems if own[0] == model and own[-1] == variant]
+    elsewhere = [own for own in alike if set(missing) & systems[own].keys()]
     differ = [
         f"{axis} ({settings[i]} here, {', '.join(sorted({own[1][i] for own in elsewhere}))} there)"
         for i, axis in enumerate(runs.axes)
         if elsewhere and all(own[1][i] != settings[i] for own in elsewhere)
     ]
-    name = ", ".join([model, *_named(runs.axes, settings), VARIANTS[variant]])
-    reason = f"its runs there differ in {' and '.join(differ)}" if differ else "there is no such run"
-    return f"{name}: not on {', '.join(missing)}; {reason}"
+    own = [f"{axis} {value}" for axis, value in runs.named(next(iter(systems[system].values())), variant).items()]
+    reason = f"its runs there differ in {' and '.join(differ)}" if differ else "there is no such run with figures"
+    return f"{', '.join([model, query, *own])}: not on {', '.join(missing)}; {reason}"
 
 
-def _named(axes: Sequence[str], settings: Sequence[str]) -> list[str]:
-    return [f"{axis} {value}" for axis, value in zip(axes, settings, strict=True)]
+# --- The answer in a sentence ----------------------------------------------------------------------------------------
+
+
+def headline(rows: Sequence[Comparison], baseline_name: str) -> list[str]:
+    """Does it help: a sentence for each kind of query; an oracle's apart."""
+    lines = []
+    for query in dict.fromkeys(row.query for row in rows if not row.is_baseline and row.queries):
+        own = [row for row in rows if row.query == query and row.queries and not row.is_baseline]
+        up, down = ([row for row in own if row.direction == sign] for sign in (1, -1))
+        lines.append(
+            f"{query} against {baseline_name}: higher in {len(up)} of {counted(len(own), 'comparison')} "
+            f"(significantly in {sum(row.significant for row in up)}), lower in {len(down)} "
+            f"(significantly in {sum(row.significant for row in down)})."
+        )
+    return lines

@@ -6,8 +6,9 @@ Raw scores are read a row group at a time, so that memory does not grow with cor
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from report_runs import Damaged, RunRecord
-from results import variant_files
+from report_words import one_line
+from results import read_json, variant_files
 
 BINS = 8192  # of scores, from which densities and AUC are taken: an AUC is then right to about 1e-4
 MOST_QUERIES = 10  # most helped, and as many most hurt
+MOST_UNSEEN = 20  # relevant documents of a query that the teacher did not score
+MALFORMED = (ValueError, KeyError, IndexError, TypeError, AttributeError)
 QUARTILES = (25, 50, 75)
 
 
@@ -67,8 +71,8 @@ def auc_of_counts(relevant: np.ndarray, other: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class ScoredDocument:
-    """A document that the teacher scored for a query: ranks count from 1."""
+class RankedDocument:
+    """A document of a query and where it stands: ranks count from 1; the teacher's score is NaN where it gave none."""
 
     document_id: str
     text: str
@@ -80,13 +84,22 @@ class ScoredDocument:
 
 @dataclass(frozen=True)
 class QueryChange:
-    """A query that was helped or hurt: its metric before and after, and where its scored documents went."""
+    """A query that was helped or hurt: its metric before and after, and where its documents went.
+
+    Attributes:
+        topic: the query's name.
+        before, after: its metric.
+        relevant: how many of its candidates are relevant.
+        documents: those the teacher scored, its highest score first.
+        unseen: relevant ones that it did not score, the best ranked before first; some, if there are many.
+    """
 
     topic: str
     before: float
     after: float
     relevant: int
-    documents: list[ScoredDocument]
+    documents: list[RankedDocument]
+    unseen: list[RankedDocument]
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,7 @@ class RunDetails:
         teacher: of the documents sampled for ``variant``.
         helped, hurt: queries, the largest change first.
         steps: by refined variant.
+        has_tensors: whether the run kept any.
         missing: lines that say what cannot be shown, and why.
     """
 
@@ -125,28 +139,34 @@ class RunDetails:
     helped: list[QueryChange]
     hurt: list[QueryChange]
     steps: dict[str, Steps]
+    has_tensors: bool
     missing: list[str]
 
 
 def read_details(run: RunRecord, baseline: str, metric: str) -> RunDetails:
-    """Read what a run's folder tells beyond its figures."""
+    """Read what a run's folder tells beyond its figures; what is damaged is missing, and said to be."""
     variant = closest_variant(run, baseline)
-    separation, teacher, helped, hurt, steps, missing = {}, None, [], [], {}, []
-    try:
-        separation = read_separation(run)
-        teacher = read_teacher(run.folder / variant_files(variant)[1])
-        helped, hurt = read_queries(run, baseline, variant)
-    except Damaged as error:
-        missing.append(str(error))
-    for refined in (own for own in run.values if own.startswith("optimized")):
+    missing: list[str] = []
+
+    def part(what: str, read: Callable[[], Any]) -> Any:
         try:
-            if (run.folder / variant_files(refined)[2]).is_file():
-                steps[refined] = read_steps(run.folder / variant_files(refined)[2], metric)
+            return read()
         except Damaged as error:
-            missing.append(str(error))
-    if not steps and not missing:
-        missing.append("loss and metric over the steps, which a run keeps with --save_tensors")
-    return RunDetails(run, variant, separation, teacher, helped, hurt, steps, missing)
+            missing.append(f"{what}: {error}")
+        except (pa.ArrowException, *MALFORMED) as error:  # a file that is whole, and not what runs write
+            missing.append(f"{what}: its file holds something else than runs write ({type(error).__name__})")
+        return None
+
+    separation = part("separation", partial(read_separation, run)) or {}
+    teacher = part("teacher's scores", partial(read_teacher, run.folder / variant_files(variant)[1]))
+    helped, hurt = part("queries", partial(read_queries, run, baseline, variant)) or ([], [])
+    refined = [own for own in run.values if (run.folder / variant_files(own)[2]).is_file()]
+    steps = {own: part("steps", partial(read_steps, run.folder / variant_files(own)[2], metric)) for own in refined}
+    config = read_json(run.folder / "config.json")
+    if any(config.get(name) != run.config.get(name) for name in ("hash", "started", "status")):
+        return RunDetails(run, variant, {}, None, [], [], {}, True, ["all of it: the run was made again meanwhile"])
+    steps = {own: found for own, found in steps.items() if found is not None}
+    return RunDetails(run, variant, separation, teacher, helped, hurt, steps, bool(refined), missing)
 
 
 def closest_variant(run: RunRecord, baseline: str) -> str:
@@ -170,8 +190,8 @@ def _row_groups(path: Path, columns: Sequence[str], only: Collection[int] | None
                 yield file.read_row_group(group, columns=list(columns), use_threads=False)
     except FileNotFoundError:
         raise Damaged(f"{path.name} is missing") from None
-    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
-        raise Damaged(f"{path.name} cannot be read ({str(error).splitlines()[0][:200]})") from None
+    except (pa.ArrowException, KeyError, OSError, UnicodeError) as error:
+        raise Damaged(f"{path.name} cannot be read ({one_line(str(error))[:200]})") from None
 
 
 def read_separation(run: RunRecord) -> dict[str, Separation]:
@@ -189,6 +209,7 @@ def read_separation(run: RunRecord) -> dict[str, Separation]:
         counts = np.zeros(2 * BINS, dtype=np.int64)
         for table in _row_groups(path, ["gold_label", "score"]):
             score, gold = table["score"].to_numpy(), table["gold_label"].to_numpy()
+            score, gold = score[np.isfinite(score)], gold[np.isfinite(score)]
             bins = np.clip(((score - edges[0]) * scale).astype(np.int32), 0, BINS - 1)
             counts += np.bincount(bins + BINS * (gold > 0), minlength=2 * BINS)
         found[variant] = Separation(edges, relevant=counts[BINS:], other=counts[:BINS])
@@ -196,15 +217,15 @@ def read_separation(run: RunRecord) -> dict[str, Separation]:
 
 
 def _score_range(path: Path) -> tuple[float, float]:
-    """The lowest and highest score of a file, from what its row groups say of themselves."""
-    lows, highs = [], []
+    """The lowest and highest score of a file."""
+    low, high = np.inf, -np.inf
     for table in _row_groups(path, ["score"]):
         score = table["score"].to_numpy()
-        lows.append(score.min(initial=np.inf))
-        highs.append(score.max(initial=-np.inf))
-    if not lows:
+        score = score[np.isfinite(score)]
+        low, high = min(low, score.min(initial=np.inf)), max(high, score.max(initial=-np.inf))
+    if low > high:
         raise Damaged(f"{path.name} holds no scores")
-    return float(min(lows)), float(max(highs))
+    return float(low), float(high)
 
 
 def read_teacher(path: Path) -> TeacherScores | None:
@@ -247,14 +268,17 @@ def read_queries(run: RunRecord, baseline: str, variant: str) -> tuple[list[Quer
         own, earlier = after.get(topic), before.get(topic)
         if own is None or earlier is None or len(own.score) != len(earlier.score):
             raise Damaged(f"{variant_files(variant)[1]} has other documents than {variant_files(baseline)[1]}")
-        ranks = _ranks(earlier.score)[own.scored], _ranks(own.score)[own.scored]
+        shown = np.concatenate([own.scored, own.unseen])
+        ranks_before, ranks_after = _ranks(earlier.score)[shown], _ranks(own.score)[shown]
         documents = [
-            ScoredDocument(*text, bool(own.gold[row] > 0), float(own.teacher[row]), int(rank_before), int(rank_after))
-            for row, text, rank_before, rank_after in zip(own.scored, texts[topic], *ranks, strict=True)
+            RankedDocument(*text, bool(own.gold[row] > 0), float(own.teacher[row]), int(rank_before), int(rank_after))
+            for row, text, rank_before, rank_after in zip(shown, texts[topic], ranks_before, ranks_after, strict=True)
         ]
-        documents.sort(key=lambda document: (-document.teacher_score, document.rank_before))
-        n_relevant = int((own.gold > 0).sum())
-        return QueryChange(topic, float(run.values[baseline][i]), float(run.values[variant][i]), n_relevant, documents)
+        scored, unseen = documents[: len(own.scored)], documents[len(own.scored) :]
+        scored.sort(key=lambda document: (-document.teacher_score, document.rank_before))
+        unseen.sort(key=lambda document: document.rank_before)
+        figures = (float(run.values[baseline][i]), float(run.values[variant][i]))
+        return QueryChange(topic, *figures, int((own.gold > 0).sum()), scored, unseen)
 
     return [change_of(i) for i in helped], [change_of(i) for i in hurt]
 
@@ -273,6 +297,12 @@ class _TopicScores:
     def scored(self) -> np.ndarray:
         return np.flatnonzero(~np.isnan(self.teacher))
 
+    @property
+    def unseen(self) -> np.ndarray:
+        """Relevant ones that the teacher did not score; the best ranked, if there are many."""
+        found = np.flatnonzero(np.isnan(self.teacher) & (self.gold > 0))
+        return found[np.argsort(-self.score[found], kind="stable")][:MOST_UNSEEN]
+
 
 def _scores_of(path: Path, wanted: set[str]) -> dict[str, _TopicScores]:
     """The scores of some topics; a topic's rows lie together in one row group."""
@@ -282,6 +312,8 @@ def _scores_of(path: Path, wanted: set[str]) -> dict[str, _TopicScores]:
         topics = _combined(table["topic"])
         names, index = topics.dictionary.to_pylist(), topics.indices.to_numpy()
         starts = np.flatnonzero(np.diff(index, prepend=-1))
+        if not len(index):
+            continue
         for start, stop in zip(starts, np.append(starts[1:], len(index)), strict=True):
             if (topic := names[index[start]]) in wanted:
                 own = (table[name].slice(start, stop - start).to_numpy() for name in columns[1:])
@@ -301,13 +333,13 @@ def _ranks(scores: np.ndarray) -> np.ndarray:
 
 
 def _texts_of(path: Path, topics: dict[str, _TopicScores]) -> dict[str, list[tuple[str, str]]]:
-    """Id and text of the scored documents of each topic; reads only the row groups they lie in."""
+    """Id and text of the documents of each topic that are shown; reads only the row groups they lie in."""
     groups = sorted({own.row_group for own in topics.values()})
     found = {}
     for group, table in zip(groups, _row_groups(path, ["document_id", "document"], groups), strict=True):
         for topic, own in topics.items():
             if own.row_group == group:
-                rows = table.take(own.start + own.scored)
+                rows = table.take(own.start + np.concatenate([own.scored, own.unseen]))
                 found[topic] = list(zip(*(rows[name].to_pylist() for name in rows.column_names), strict=True))
     return found
 
@@ -326,10 +358,14 @@ def read_steps(path: Path, metric: str) -> Steps:
     try:
         with safe_open(path, framework="numpy") as file:
             losses, steps = file.get_tensor("losses"), file.get_tensor("steps")
+            if losses.ndim != 2 or not losses.size:
+                raise ValueError("losses are no matrix")
             names = json.loads((file.metadata() or {}).get("metrics", "[]"))
             by_query = file.get_tensor("trajectory_metrics")[:, :, names.index(metric)] if metric in names else None
     except (SafetensorError, OSError, ValueError) as error:
-        raise Damaged(f"tensors/{path.name} cannot be read ({str(error).splitlines()[0][:200]})") from None
+        raise Damaged(f"tensors/{path.name} cannot be read ({one_line(str(error))[:200]})") from None
+    if by_query is not None and len(by_query) != len(steps):
+        raise Damaged(f"tensors/{path.name} has {len(steps)} steps and metrics of {len(by_query)}")
     if by_query is not None:
         by_query = by_query[:, ~np.isnan(by_query).any(axis=0)].astype(np.float64)
     return Steps(

@@ -5,6 +5,7 @@ Colours are of the set of Okabe and Ito, and differ in lightness; hatches, marke
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,9 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from report_ablations import HeatMap, Line
+from report_axes import SEED, in_order, is_number
 from report_comparisons import EQUAL, Comparison
 from report_details import Separation, Steps, TeacherScores
-from report_runs import RunRecord, shown
+from report_runs import RunRecord
+from report_words import clip, labels, shown
 from results import VARIANTS
 
 STYLE = {
@@ -45,24 +48,22 @@ COLOURS = dict(zip(VARIANTS, (GREY, BLUE, ORANGE, PINK), strict=False))
 HATCHES = dict(zip(VARIANTS, ("", "", "////", "...."), strict=False))
 LINES = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (PURPLE, "^", "-."), (GREEN, "D", ":"),
          (RED, "v", "-"), (SKY, "P", "--"), (BLACK, "X", "-."), (GREY, "*", ":"))  # fmt: skip
-LONGEST_LABEL = 34
+LONGEST_LABEL = 44
+LEGEND_LINE = 0.19  # inches
 MOST_SYSTEMS, MOST_PANELS = 12, 9
 MOST_WHISKERS = 8  # on a line; with more points a band shows the intervals
 MOST_WRITTEN_CELLS = 400  # of a heat map
-STAGES = {  # what the names of stages begin with, and what they are called together
-    "embed": "embedding",
-    "write passages": "HyDE passages",
-    "teacher": "teacher",
-    "refine": "refinement",
-    "measure and write": "measuring and writing",
+MOST_VECTOR_MARKS = 2000  # of a scatter plot; more are stored as an image
+STAGES = {  # groups of stages, and what their names begin with
+    "imports and loading": ("import", "load"),
+    "embedding": ("embed",),
+    "HyDE passages": ("write passages",),
+    "teacher": ("teacher",),
+    "refinement": ("refine",),
+    "measuring and writing": ("measure",),
 }
-STAGE_STYLES = ((BLUE, ""), (ORANGE, "////"), (PINK, "...."), (GREEN, "xxxx"), (SKY, "\\\\\\\\"), (GREY, ""))
-
-
-def clip(text: str, longest: int = LONGEST_LABEL) -> str:
-    """One line of letters that can be shown, with an ellipsis where something is left out."""
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
+STAGE_STYLES = (
+    *((GREY, ""), (BLUE, ""), (ORANGE, "////"), (PINK, "...."), (GREEN, "xxxx")), (SKY, "\\\\\\\\"), ("white", "...."))
 
 
 @contextmanager
@@ -96,30 +97,36 @@ def _panels(count: int, width: float, height: float, columns: int = 3, **options
 # --- All runs --------------------------------------------------------------------------------------------------------
 
 
-def bars(rows: Sequence[Comparison], label: Callable[[RunRecord], str], metric: str) -> Figure:
+Names = Callable[[RunRecord], dict[str, str]]  # a run's embedding model and settings, by name
+System = tuple[tuple[str, str], ...]  # the same, as a key
+
+
+def bars(rows: Sequence[Comparison], names: Names, metric: str) -> Figure:
     """Means of all variants with their intervals: a panel a dataset, a group of bars an embedding model and setting.
 
     Args:
         rows: of the main table.
-        label: from a run to the name of its group.
+        names: of a run's embedding model and settings.
         metric: for the axis.
     """
-    datasets = list(dict.fromkeys(row.run.dataset for row in rows))[:MOST_PANELS]
-    systems = shown_systems(rows, label)
+    systems = shown_systems(rows, names)
+    of_dataset = _by_dataset(rows, names)
+    datasets = [own for own, found in of_dataset.items() if any(system in systems for system, _ in found)][:MOST_PANELS]
     variants = [variant for variant in VARIANTS if any(row.variant == variant for row in rows)]
     thickness = 0.8 / len(variants)
-    names = [clip(system) for system in systems]
-    width = 2.7 + 0.03 * max(map(len, names))  # the names stand on the left of three panels
+    own_labels = labels([dict(system) for system in systems], LONGEST_LABEL)
+    width = 2.7 + 0.03 * max(map(len, own_labels))  # they stand on the left of three panels
     figure, axes = _panels(len(datasets), width, 0.8 + 0.14 * len(systems) * (len(variants) + 1), sharey=True)
     for panel, dataset in zip(axes, datasets, strict=True):
-        own = {(label(run), row.variant): row for row in rows for run in row.runs if run.dataset == dataset}
+        own = of_dataset[dataset]
         for j, variant in enumerate(variants):
             found = [(i, own[system, variant]) for i, system in enumerate(systems) if (system, variant) in own]
             places = np.array([i for i, _ in found]) + (j + 0.5) * thickness - 0.4
-            _bars_of(panel, places, [row for _, row in found], variant, thickness)
+            _bars_of(panel, places, [row for _, row in found], variant, thickness, _query(rows, variant))
         panel.set_title(f"{clip(dataset, 20)}, {_queries(row.queries for row in own.values())}")
-        panel.set_yticks(range(len(systems)), names)
+        panel.set_yticks(range(len(systems)), own_labels)
         panel.set_ylim(len(systems) - 0.5, -0.5)
+        panel.set_xlim(left=0)
         panel.set_xlabel(f"mean {metric}")
         panel.xaxis.set_major_locator(MaxNLocator(5))
         panel.grid(axis="x", color="0.9")
@@ -128,21 +135,44 @@ def bars(rows: Sequence[Comparison], label: Callable[[RunRecord], str], metric: 
     return figure
 
 
-def shown_systems(rows: Sequence[Comparison], label: Callable[[RunRecord], str]) -> list[str]:
-    """The groups of bars, in the order of the table; where there are too many, those with the highest bars."""
-    highest: dict[str, float] = {}
+def _by_dataset(rows: Sequence[Comparison], names: Names) -> dict[str, dict[tuple[System, str], Comparison]]:
+    """Of each dataset the rows by system and variant."""
+    found: dict[str, dict[tuple[System, str], Comparison]] = {}
     for row in rows:
-        for system in map(label, row.runs):
+        for run in row.runs:
+            found.setdefault(run.dataset, {})[tuple(names(run).items()), row.variant] = row
+    return found
+
+
+def shown_systems(rows: Sequence[Comparison], names: Names) -> list[System]:
+    """The groups of bars, in the order of the table; where there are too many, of each dataset in turn the highest."""
+    there_are = list(dict.fromkeys(tuple(names(run).items()) for row in rows for run in row.runs))
+    if len(there_are) <= MOST_SYSTEMS:
+        return there_are
+    rankings = []
+    for own in _by_dataset(rows, names).values():
+        highest: dict[System, float] = {}
+        for (system, _), row in own.items():
             highest[system] = max(highest.get(system, -np.inf), np.nan_to_num(row.mean, nan=-np.inf))
-    best = sorted(highest, key=lambda system: -highest[system])[:MOST_SYSTEMS]
-    return [system for system in highest if system in best]
+        rankings.append(sorted(highest, key=lambda system: -highest[system]))
+    in_turn = dict.fromkeys(own for turn in itertools.zip_longest(*rankings) for own in turn if own is not None)
+    best = set(itertools.islice(in_turn, MOST_SYSTEMS))
+    return [system for system in there_are if system in best]
 
 
-def _bars_of(panel: Any, places: np.ndarray, rows: Sequence[Comparison], variant: str, thickness: float) -> None:
+def _query(rows: Sequence[Comparison], variant: str) -> str:
+    """What a variant is called in a legend: an oracle's only where all are."""
+    names = {row.query for row in rows if row.variant == variant}
+    return names.pop() if len(names) == 1 else VARIANTS[variant]
+
+
+def _bars_of(
+    panel: Any, places: np.ndarray, rows: Sequence[Comparison], variant: str, thickness: float, label: str
+) -> None:
     means = np.array([row.mean for row in rows])
     ends = np.array([row.interval for row in rows]).reshape(-1, 2).T
     panel.barh(places, means, height=thickness, color=COLOURS.get(variant, SKY), hatch=HATCHES.get(variant, "xxxx"),
-               edgecolor=HATCH_INK, linewidth=0, label=VARIANTS[variant])  # fmt: skip
+               edgecolor=HATCH_INK, linewidth=0, label=label)  # fmt: skip
     panel.errorbar(means, places, xerr=np.abs(ends - means), fmt="none", ecolor="black", elinewidth=0.7, capsize=1.2)
 
 
@@ -160,101 +190,128 @@ def _legend(figure: Figure, axes: Sequence[Any]) -> None:
     if handles:
         room = int(figure.get_figwidth() / (0.6 + 0.08 * max(map(len, handles))))
         columns = min(max(room, 1), 4, len(handles))
+        figure.set_figheight(figure.get_figheight() + LEGEND_LINE * (-(-len(handles) // columns) - 1))
         figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
 
 
 def ablation(axis: str, lines: Sequence[Line], metric: str) -> Figure:
     """Mean change over one setting, with intervals: a panel a dataset; numbers as lines, words as points."""
-    datasets = list(dict.fromkeys(line.dataset for line in lines))[:MOST_PANELS]
-    numeric = all(_is_number(value) for line in lines for value in line.values)
-    values = list(dict.fromkeys(value for line in lines for value in line.values))
-    figure, axes = _panels(len(datasets), 3.4, 2.9)
     lines = drawn_lines(lines)
-    name_of = line_names(lines)
-    names = list(dict.fromkeys(name_of))
+    own_labels = labels(list(map(_name, lines)), 60)
+    names = list(dict.fromkeys(own_labels))
+    looks = _looks(lines, own_labels)
+    datasets = list(dict.fromkeys(line.dataset for line in lines))[:MOST_PANELS]
+    numeric = axis != SEED and all(is_number(value) for line in lines for value in line.values)
+    values = sorted(dict.fromkeys(value for line in lines for value in line.values), key=in_order)
+    figure, axes = _panels(len(datasets), 3.4, 2.9)
     for panel, dataset in zip(axes, datasets, strict=True):
-        own = {
-            names.index(name): line
-            for line, name in zip(lines, name_of, strict=True)
-            if line.dataset == dataset and name in names
-        }
-        for nth, line in own.items():
-            colour, marker, style = LINES[nth]
-            shift = 0 if numeric else 0.5 * (nth + 0.5) / len(names) - 0.25
-            places = [value if numeric else values.index(value) + shift for value in line.values]
-            looks = {"color": colour, "marker": marker, "linestyle": style if numeric else "none", "markersize": 4}
-            looks |= {"linewidth": 1.2, "label": clip(names[nth], 60)}
-            if numeric and len(places) > MOST_WHISKERS:
-                panel.plot(places, line.change, **looks)
-                panel.fill_between(places, line.low, line.high, color=colour, alpha=0.12, linewidth=0)
-            else:
-                ends = [line.change - line.low, line.high - line.change]
-                panel.errorbar(places, line.change, yerr=ends, elinewidth=0.8, capsize=2, **looks)
+        is_log = _scale(panel, values, numeric)
+        here = [(line, name) for line, name in zip(lines, own_labels, strict=True) if line.dataset == dataset]
+        for line, name in here:
+            shift = (names.index(name) + 0.5) / len(names) - 0.5
+            places = _places(line.values, values, shift, numeric, is_log)
+            _draw_line(panel, places, line, looks[name] | {"label": name}, numeric)
         panel.axhline(0, color="black", linewidth=0.8)
-        panel.set_title(f"{clip(dataset, 24)}, {_queries(line.queries for line in own.values())}")
+        panel.set_title(f"{clip(dataset, 24)}, {_queries(line.queries for line, _ in here)}")
         panel.set_xlabel(axis)
         panel.set_ylabel(f"change of mean {metric}")
         panel.grid(color="0.9")
-        _scale(panel, values, numeric)
     _legend(figure, axes)
     return figure
 
 
+def _name(line: Line) -> dict[str, str]:
+    return {"model": line.model} | line.others | {"query": line.query}
+
+
 def drawn_lines(lines: Sequence[Line]) -> list[Line]:
     """All lines, or, where there are too many, those of the refined queries; of these the first few."""
-    for own in (lines, [line for line in lines if line.variant == "optimized_embeddings"] or lines):
-        names = list(dict.fromkeys(line_names(own)))
+    refined = [line for line in lines if line.variant == "optimized_embeddings"]
+    for own in (lines, refined or lines):
+        names = list(dict.fromkeys(tuple(_name(line).items()) for line in own))
         if len(names) <= len(LINES):
             return list(own)
-    first = names[: len(LINES)]
-    return [line for line, name in zip(own, line_names(own), strict=True) if name in first]
+    return [line for line in own if tuple(_name(line).items()) in names[: len(LINES)]]
 
 
-def line_names(lines: Sequence[Line]) -> list[str]:
-    """What the lines of an ablation are called, less what all have in common; the first few are drawn."""
-    parts = [(line.model, *line.others, VARIANTS[line.variant]) for line in lines]
-    common = set(parts[0]).intersection(*parts[1:])
-    return [", ".join(part for part in own if part not in common) or VARIANTS[lines[0].variant] for own in parts]
+def _looks(lines: Sequence[Line], own_labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and style of each line; where lines are variants, in the colours that these have elsewhere."""
+    variants = {name: line.variant for line, name in zip(lines, own_labels, strict=True)}
+    looks = {}
+    for (name, variant), (colour, marker, style) in zip(variants.items(), LINES, strict=False):
+        if len(set(variants.values())) == len(variants):
+            colour = BLACK if variant == "embeddings" else COLOURS.get(variant, SKY)
+        looks[name] = {"color": colour, "marker": marker, "linestyle": style}
+    return looks
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _places(own: Sequence[Any], values: Sequence[Any], shift: float, numeric: bool, is_log: bool) -> list[float]:
+    """Where points stand on the axis; lines are moved aside a little, so that their whiskers can be told apart."""
+    if not numeric:
+        return [values.index(value) + 0.5 * shift for value in own]
+    if is_log:
+        return [value * (values[-1] / values[0]) ** (0.03 * shift) for value in own]
+    return [value + 0.03 * shift * (values[-1] - values[0]) for value in own]
 
 
-def _scale(panel: Any, values: Sequence[Any], numeric: bool) -> None:
+def _draw_line(panel: Any, places: Sequence[float], line: Line, looks: dict[str, Any], numeric: bool) -> None:
+    looks = looks | {"markersize": 4, "linewidth": 1.2}
+    if numeric and len(places) > MOST_WHISKERS:
+        panel.plot(places, line.change, **looks)
+        panel.fill_between(places, line.low, line.high, color=looks["color"], alpha=0.12, linewidth=0)
+        return
+    if not numeric:
+        looks["linestyle"] = "none"
+    ends = np.abs([line.change - line.low, line.high - line.change])  # last bits may cross
+    panel.errorbar(places, line.change, yerr=ends, elinewidth=0.8, capsize=2, **looks)
+
+
+def _scale(panel: Any, values: Sequence[Any], numeric: bool) -> bool:
+    """Set the ticks; returns whether the axis is logarithmic."""
     if not numeric:
         panel.set_xticks(range(len(values)), [clip(shown(value), 16) for value in values], rotation=30, ha="right")
         panel.set_xlim(-0.5, len(values) - 0.5)
-        return
-    ticks = sorted(set(values))
-    if ticks[0] > 0 and ticks[-1] >= 8 * ticks[0]:
+        return False
+    is_log = values[0] > 0 and values[-1] >= 8 * values[0]
+    if is_log:
         panel.set_xscale("log")
         panel.minorticks_off()
-    panel.xaxis.set_major_formatter(lambda value, _: shown(float(value)))
-    if len(ticks) <= 6:
-        panel.set_xticks(ticks, [shown(float(value)) for value in ticks])
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if len(values) <= 6:
+        panel.set_xticks(values, [shown(value) for value in values])
+    return bool(is_log)
 
 
 def heat_map(pair: tuple[str, str], maps: Sequence[HeatMap], metric: str) -> Figure:
-    """Mean change over two settings: a panel a dataset, model and what else is fixed; light is high."""
+    """Mean change over two settings: a panel a dataset, model and what else is fixed; all in one scale."""
     maps = maps[:MOST_PANELS]
     rows, columns = max(len(own.rows) for own in maps), max(len(own.columns) for own in maps)
-    figure, axes = _panels(len(maps), max(2.6, 0.8 + 0.68 * columns), 1.3 + 0.36 * rows)
+    row_labels, column_labels = (
+        {value: clip(shown(value), 18) for own in maps for value in getattr(own, side)} for side in ("rows", "columns")
+    )
+    cell = max(0.68, 0.085 * max(map(len, column_labels.values())))
+    width = max(3.0, 1.0 + 0.07 * max(map(len, row_labels.values())) + cell * columns)
+    figure, axes = _panels(len(maps), width, 1.4 + 0.36 * max(rows, 2))
     finite = np.concatenate([own.change[~np.isnan(own.change)] for own in maps])
-    low, high = float(finite.min(initial=0)), float(finite.max(initial=0))
-    for panel, own in zip(axes, maps, strict=True):
-        image = panel.imshow(own.change, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    low, high = min(float(finite.min()), 0.0), max(float(finite.max()), 0.0)
+    both = low < 0 < high
+    if both:  # two colours that part at zero; else one
+        low, high = -max(-low, high), max(-low, high)
+    colours = matplotlib.colormaps["PuOr_r" if both else "cividis" if high > 0 else "cividis_r"]
+    names = [{"dataset": own.dataset, "model": own.model} | own.others for own in maps]
+    titles = labels(names, max(20, int(11 * width)))
+    for panel, own, title in zip(axes, maps, titles, strict=True):
+        image = panel.imshow(own.change, cmap=colours, vmin=low, vmax=high or 1, aspect="auto")
         for (i, j), value in np.ndenumerate(own.change) if own.change.size <= MOST_WRITTEN_CELLS else ():
-            dark = (value - low) < 0.55 * (high - low)
             text = "–" if np.isnan(value) else f"{round(value, 3) + 0.0:+.3f}"  # no minus before a zero
+            red, green, blue, _ = colours((value - low) / ((high - low) or 1))
+            dark = not np.isnan(value) and 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
             panel.text(j, i, text, ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
-        panel.set_yticks(range(len(own.rows)), [clip(shown(value), 14) for value in own.rows])
-        panel.set_xticks(range(len(own.columns)), [clip(shown(value), 14) for value in own.columns])
-        if max(len(shown(value)) for value in own.columns) > 7:
-            panel.tick_params(axis="x", rotation=30)
+        panel.set_yticks(range(len(own.rows)), [row_labels[value] for value in own.rows])
+        panel.set_xticks(range(len(own.columns)), [column_labels[value] for value in own.columns])
         panel.set_ylabel(pair[0])
         panel.set_xlabel(pair[1])
-        panel.set_title("\n".join(clip(part, 36) for part in (own.dataset, ", ".join([own.model, *own.others]))))
+        panel.set_title(title)
         panel.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label=f"change of mean {metric}", shrink=0.9)
     return figure
@@ -268,7 +325,7 @@ def before_and_after(run: RunRecord, baseline: str, metric: str) -> Figure:
     variants = [variant for variant in run.values if variant != baseline]
     figure, axes = _panels(len(variants), 3.2, 3.4)
     before = run.values[baseline]
-    low, high = np.nanmin([*run.values.values()]), np.nanmax([*run.values.values()])
+    low, high = min(0.0, np.nanmin([*run.values.values()])), np.nanmax([*run.values.values()])
     margin = 0.03 * max(high - low, 0.01)
     for panel, variant in zip(axes, variants, strict=True):
         change = run.values[variant] - before
@@ -279,15 +336,18 @@ def before_and_after(run: RunRecord, baseline: str, metric: str) -> Figure:
             (change < -EQUAL, RED, "v", "worse"),
         ):
             counts.append(f"{int(which.sum())} {name}")
-            panel.scatter(before[which], run.values[variant][which], s=14, color=colour, marker=marker, alpha=0.7,
-                          linewidths=0.8, label=name)  # fmt: skip
+            # Queries with the same figures are one mark, larger the more there are.
+            pairs = np.round(np.stack([before[which], run.values[variant][which]], axis=1), 3)
+            marks, times = np.unique(pairs, axis=0, return_counts=True)
+            panel.scatter(*marks.T, s=14 * np.sqrt(times), color=colour, marker=marker, alpha=0.7, linewidths=0.8,
+                          label=name, rasterized=len(marks) > MOST_VECTOR_MARKS)  # fmt: skip
         panel.set_title(", ".join(counts))
         panel.plot([0, 1], [0, 1], color="black", linewidth=0.8, transform=panel.transAxes)
         panel.set_xlim(low - margin, high + margin)
         panel.set_ylim(low - margin, high + margin)
         panel.set_box_aspect(1)
-        panel.set_xlabel(f"{metric}, {VARIANTS[baseline]}")
-        panel.set_ylabel(f"{metric}, {VARIANTS[variant]}")
+        panel.set_xlabel(f"{metric}, {run.query_name(baseline)}")
+        panel.set_ylabel(f"{metric}, {run.query_name(variant)}")
         panel.grid(color="0.9")
     _legend(figure, axes[:1])
     return figure
@@ -304,7 +364,7 @@ def separation(of_variants: Mapping[str, Separation]) -> Figure:
             label = f"{name} ({int(counts.sum()):,} pairs)"
             panel.stairs(density, edges, fill=True, color=(colour, 0.45), label=label)
             panel.stairs(density, edges, color=line, linewidth=0.9)
-        panel.set_title(f"{VARIANTS[variant]}: AUC {own.auc:.4f}")
+        panel.set_title(f"{VARIANTS[variant]}: AUC {own.auc:.3f}")
         panel.set_xlabel("cosine of query and document")
         panel.set_ylabel("density")
         panel.set_yticks([])
@@ -354,17 +414,17 @@ def teacher_scores(teacher: TeacherScores) -> Figure:
 # --- What it took ----------------------------------------------------------------------------------------------------
 
 
-def seconds_by_stage(runs: Sequence[RunRecord], label: Callable[[RunRecord], str]) -> Figure:
+def seconds_by_stage(runs: Sequence[RunRecord], names: Names) -> Figure:
     """Where the time of each run went, a bar a run."""
-    names = [*STAGES.values(), "starting and the rest"]
-    seconds = np.array([_grouped_seconds(run.summary.get("seconds") or {}) for run in runs])
+    seconds = np.array([_grouped_seconds(run.seconds) for run in runs])
     figure, (panel,) = _panels(1, 8.5, 1.1 + 0.24 * len(runs))
     start = np.zeros(len(runs))
-    for name, own, (colour, hatch) in zip(names, seconds.T, STAGE_STYLES, strict=True):
-        panel.barh(range(len(runs)), own, left=start, color=colour, hatch=hatch, edgecolor=HATCH_INK, linewidth=0,
-                   label=name, height=0.75)  # fmt: skip
+    for name, own, (colour, hatch) in zip([*STAGES, "the rest"], seconds.T, STAGE_STYLES, strict=True):
+        if own.any():
+            panel.barh(range(len(runs)), own, left=start, color=colour, hatch=hatch, edgecolor=HATCH_INK, linewidth=0,
+                       label=name, height=0.75)  # fmt: skip
         start += own
-    _name_runs(panel, runs, label)
+    _name_runs(panel, runs, names)
     panel.set_xlabel("seconds")
     _legend(figure, [panel])
     return figure
@@ -373,17 +433,12 @@ def seconds_by_stage(runs: Sequence[RunRecord], label: Callable[[RunRecord], str
 def _grouped_seconds(seconds: Mapping[str, float]) -> list[float]:
     """Seconds of each group of stages, and of the rest of the run."""
     groups = [
-        sum(float(own) for name, own in seconds.items() if name.startswith(beginning)) for beginning in STAGES
+        sum(own for name, own in seconds.items() if name.startswith(beginnings)) for beginnings in STAGES.values()
     ]
-    return [*groups, max(0.0, float(seconds.get("total") or 0) - sum(groups))]
+    return [*groups, max(0.0, seconds.get("total", 0.0) - sum(groups))]
 
 
-def total_seconds(run: RunRecord) -> float:
-    """Wall-clock time of a run, as far as its summary tells."""
-    return float((run.summary.get("seconds") or {}).get("total") or 0)
-
-
-def tokens(runs: Sequence[RunRecord], label: Callable[[RunRecord], str]) -> Figure:
+def tokens(runs: Sequence[RunRecord], names: Names) -> Figure:
     """Tokens that language models read and wrote for each run, the cache's share apart; the cost where it is known."""
     figure, (panel,) = _panels(1, 8.5, 1.1 + 0.24 * len(runs))
     kinds = (("input_tokens", "read", BLUE, ""), ("output_tokens", "written", ORANGE, "////"),
@@ -391,7 +446,7 @@ def tokens(runs: Sequence[RunRecord], label: Callable[[RunRecord], str]) -> Figu
              ("cached_output_tokens", "written before, from the cache", SKY, "...."))  # fmt: skip
     start = np.zeros(len(runs))
     for key, name, colour, hatch in kinds:
-        own = np.array([sum(int(used.get(key) or 0) for used in language_models(run).values()) for run in runs])
+        own = np.array([sum(int(used.get(key) or 0) for used in run.language_models.values()) for run in runs])
         panel.barh(range(len(runs)), own, left=start, color=colour, hatch=hatch, edgecolor=HATCH_INK, linewidth=0,
                    label=name, height=0.75)  # fmt: skip
         start += own
@@ -399,21 +454,14 @@ def tokens(runs: Sequence[RunRecord], label: Callable[[RunRecord], str]) -> Figu
         if (cost := run.summary.get("cost")) is not None:
             panel.annotate(f" cost {cost:.4g}", (start[i], i), va="center", fontsize=8)
     panel.margins(x=0.12)
-    _name_runs(panel, runs, label)
+    _name_runs(panel, runs, names)
     panel.set_xlabel("tokens")
     _legend(figure, [panel])
     return figure
 
 
-def language_models(run: RunRecord) -> dict[str, dict[str, Any]]:
-    """Usage by role, as ``summary.json`` has it; empty where no language model was asked."""
-    found = run.summary.get("language_models")
-    return found if isinstance(found, dict) else {}
-
-
-def _name_runs(panel: Any, runs: Sequence[RunRecord], label: Callable[[RunRecord], str]) -> None:
-    names = [f"{clip(run.dataset, 20)}, {clip(label(run))}" for run in runs]
-    panel.set_yticks(range(len(runs)), names)
+def _name_runs(panel: Any, runs: Sequence[RunRecord], names: Names) -> None:
+    panel.set_yticks(range(len(runs)), labels([{"dataset": run.dataset} | names(run) for run in runs], 50))
     panel.set_ylim(len(runs) - 0.5, -0.5)
     panel.tick_params(axis="y", length=0)
     panel.grid(axis="x", color="0.9")

@@ -12,12 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from matplotlib.figure import Figure
 
 import report_figures as draw
 from cache_utils import slug
 from report_ablations import Ablations
+from report_axes import Runs
 from report_comparisons import Comparison
 from report_details import RunDetails
 from report_runs import RunRecord
@@ -53,16 +55,16 @@ class PictureBook:
 
     Args:
         folder: where the files go; it exists.
+        runs: what the report is about.
         metric: the figure that is compared.
         baseline: the variant that others are compared with.
-        label: from a run to the name of its embedding model and settings.
 
     Attributes:
         files: what was written.
     """
 
-    def __init__(self, folder: Path, metric: str, baseline: str, label: Callable[[RunRecord], str]) -> None:
-        self.folder, self.metric, self.baseline, self.label = folder, metric, baseline, label
+    def __init__(self, folder: Path, runs: Runs, metric: str, baseline: str) -> None:
+        self.folder, self.runs, self.metric, self.baseline = folder, runs, metric, baseline
         self.files: list[Path] = []
         self._texts = yaml.safe_load(TEXTS.read_text(encoding="utf-8"))
 
@@ -77,59 +79,64 @@ class PictureBook:
         width, height = (round(PIXELS_AN_INCH * inches) for inches in figure.get_size_inches())
         return Picture(name, title, how + cut, image, width, height)
 
+    def _names(self, run: RunRecord) -> dict[str, str]:
+        return {"model": run.model} | self.runs.named(run)
+
     def bars(self, rows: Sequence[Comparison]) -> Picture:
         """Means of all variants, with intervals."""
-        systems = {self.label(run) for row in rows for run in row.runs}
-        datasets = {row.run.dataset for row in rows}
-        cut = _cut(len(systems), draw.MOST_SYSTEMS, "groups, those with the highest bars")
+        systems = {tuple(self._names(run).values()) for run in self.runs.records}
+        datasets = {run.dataset for run in self.runs.records}
+        cut = _cut(len(systems), draw.MOST_SYSTEMS, "groups, of each dataset in turn those with the highest bars")
         cut += _cut(len(datasets), draw.MOST_PANELS, "datasets")
-        return self._add("bars", "bars", partial(draw.bars, rows, self.label, self.metric), cut)
+        return self._add("bars", "bars", partial(draw.bars, rows, self._names, self.metric), cut)
 
     def ablations(self, found: Ablations) -> list[Picture]:
         """A picture for each setting that varies, and for each pair of them."""
         pictures = []
         for axis, lines in found.lines.items():
-            there_are, drawn = (len(set(draw.line_names(own))) for own in (lines, draw.drawn_lines(lines)))
-            cut = _cut(there_are, drawn, "lines")
-            cut += _cut(len({line.dataset for line in lines}), draw.MOST_PANELS, "datasets")
-            variants = dict.fromkeys(VARIANTS[line.variant] for line in draw.drawn_lines(lines))
-            words = {"axis": axis, "points": sum(len(line.values) for line in lines), "variant": " or ".join(variants)}
+            drawn = draw.drawn_lines(lines)
+            cut = _cut(len(lines), len(drawn), "lines")
+            cut += _cut(len({own.dataset for own in drawn}), draw.MOST_PANELS, "datasets")
+            words = {"axis": axis, "points": sum(len(line.values) for line in drawn)}
+            words["variant"] = " or ".join(dict.fromkeys(line.query for line in drawn))
             make = partial(draw.ablation, axis, lines, self.metric)
             pictures.append(self._add(f"ablation_{slug(axis)}", "ablation", make, cut, **words))
         for pair, maps in found.heat_maps.items():
             cut = _cut(len(maps), draw.MOST_PANELS, "panels")
-            words = {"axis": " and ".join(pair), "variant": VARIANTS[maps[0].variant], "queries": maps[0].queries}
+            counts = ", ".join(dict.fromkeys(f"{own.queries} on {own.dataset}" for own in maps[: draw.MOST_PANELS]))
+            words = {"axis": " and ".join(pair), "variant": maps[0].query, "queries": counts}
             make = partial(draw.heat_map, pair, maps, self.metric)
             pictures.append(self._add("_".join(["heat_map", *map(slug, pair)]), "heat_map", make, cut, **words))
         return pictures
 
     def details(self, own: RunDetails, prefix: str) -> list[Picture]:
         """What one run's folder shows beyond its figures."""
-        queries = {"queries": len(own.run.topics)}
+        counts = {v: int((~np.isnan(own.run.values[v] + own.run.values[self.baseline])).sum()) for v in own.run.values}
         make = partial(draw.before_and_after, own.run, self.baseline, self.metric)
-        pictures = [self._add(f"{prefix}_before_after", "before_after", make, **queries)]
+        queries = " or ".join(dict.fromkeys(str(n) for v, n in counts.items() if v != self.baseline))
+        pictures = [self._add(f"{prefix}_before_after", "before_after", make, queries=queries)]
         if own.separation:
             make = partial(draw.separation, own.separation)
-            pictures.append(self._add(f"{prefix}_separation", "separation", make, **queries))
+            pictures.append(self._add(f"{prefix}_separation", "separation", make, queries=len(own.run.topics)))
         if own.steps:
             make = partial(draw.refinement_steps, own.steps, self.metric)
-            pictures.append(self._add(f"{prefix}_steps", "steps", make, **queries))
+            pictures.append(self._add(f"{prefix}_steps", "steps", make, queries=len(own.run.topics)))
         if teacher := own.teacher:
-            auc = "not defined" if teacher.auc != teacher.auc else f"{teacher.auc:.3f}"
-            words = {"teacher": own.run.setting("teacher"), "variant": VARIANTS[own.variant], "auc": auc}
+            auc = "not defined" if np.isnan(teacher.auc) else f"{teacher.auc:.3f}"
+            words = {"teacher": own.run.setting("teacher"), "variant": own.run.query_name(own.variant), "auc": auc}
             words["documents"] = f"{len(teacher.relevant) + len(teacher.other):,}"
             text = "oracle" if own.run.is_oracle else "teacher"
             pictures.append(self._add(f"{prefix}_teacher", text, partial(draw.teacher_scores, teacher), **words))
         return pictures
 
-    def price(self, runs: Sequence[RunRecord]) -> list[Picture]:
+    def price(self) -> list[Picture]:
         """Seconds, tokens and cost."""
-        shortest_shown = sorted(map(draw.total_seconds, runs))[-MOST_RUNS:][0]
-        slowest = [run for run in runs if draw.total_seconds(run) >= shortest_shown][:MOST_RUNS]
-        make = partial(draw.seconds_by_stage, slowest, self.label)
-        pictures = [self._add("seconds", "seconds", make, _cut(len(runs), MOST_RUNS, "runs, the slowest"))]
-        if asked := [run for run in runs if draw.language_models(run)]:
-            make = partial(draw.tokens, asked[:MOST_RUNS], self.label)
+        runs = self.runs.records
+        longest = sorted(runs, key=lambda run: -run.seconds.get("total", 0.0))[:MOST_RUNS]
+        make = partial(draw.seconds_by_stage, [run for run in runs if run in longest], self._names)
+        pictures = [self._add("seconds", "seconds", make, _cut(len(runs), MOST_RUNS, "runs, the longest"))]
+        if asked := [run for run in runs if run.language_models]:
+            make = partial(draw.tokens, asked[:MOST_RUNS], self._names)
             pictures.append(self._add("tokens", "tokens", make, _cut(len(asked), MOST_RUNS, "runs")))
         return pictures
 

@@ -20,6 +20,7 @@ import pyarrow.csv as pa_csv
 
 from errors import UserError
 from experiment_config import ExperimentConfig, fields, short_hash
+from report_words import one_line, shown
 from results import LOCK, VARIANTS, read_json, variant_files
 
 # Flags that stand in a run's settings under another name, or only say which variants there are.
@@ -68,7 +69,21 @@ class RunRecord:
 
     def setting(self, name: str) -> str:
         """A setting for tables."""
-        return shown(self.settings.get(name))
+        return shown(self.settings[name])
+
+    def query_name(self, variant: str) -> str:
+        """A variant of the query as people read it; one that an oracle refined is said to be so."""
+        return VARIANTS[variant] + (" (oracle)" if self.is_oracle and variant.startswith("optimized") else "")
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall-clock seconds by stage, and in "total"."""
+        return {name: float(value) for name, value in (self.summary.get("seconds") or {}).items() if value is not None}
+
+    @property
+    def language_models(self) -> dict[str, dict[str, float | None]]:
+        """Calls, tokens and cost by role; empty where no language model was asked."""
+        return self.summary.get("language_models") or {}
 
 
 @dataclass(frozen=True)
@@ -77,13 +92,6 @@ class LeftOut:
 
     folder: Path
     reason: str
-
-
-def shown(value: Any) -> str:
-    """A value for tables: a dash for none, a short form for a number."""
-    if value is None:
-        return "-"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- Finding ---------------------------------------------------------------------------------------------------------
@@ -111,21 +119,34 @@ def find_run_folders(paths: Sequence[Path]) -> list[Path]:
 
 
 def _below(path: Path) -> Iterator[Path]:
-    for name, subfolders, files in os.walk(path):
-        if "config.json" in files or LOCK in files or any(variant_files(v)[0] in files for v in VARIANTS):
+    seen = set()
+    for name, subfolders, files in os.walk(path, followlinks=True):
+        here = os.path.realpath(name)
+        if here in seen:  # a link that leads back
+            subfolders.clear()
+            continue
+        seen.add(here)
+        if _is_run(Path(name), files):
             subfolders.clear()
             yield Path(name)
         subfolders[:] = sorted(own for own in subfolders if not own.startswith("."))
+
+
+def _is_run(folder: Path, files: Sequence[str]) -> bool:
+    """Whether a run wrote here, even if it came to no end; a model's folder has a config.json, too."""
+    if LOCK in files or any(variant_files(variant)[0] in files for variant in VARIANTS):
+        return True
+    return "config.json" in files and {"status", "experiment_name"} <= read_json(folder / "config.json").keys()
 
 
 def _listed(path: Path) -> Iterator[Path]:
     """The folders of a grid's summary; relative to where the grid was run, or else beside the summary."""
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         try:
-            names = [row["folder"] for row in csv.DictReader(file)]
+            names = [row["folder"] for row in csv.DictReader(file, restval="")]
         except (csv.Error, KeyError):
             raise UserError(f"{path}: has no column 'folder'; expected the _grid.csv of run_experiments.py") from None
-    for name in names:
+    for name in filter(None, names):  # a torn line has none
         beside = path.parent / Path(name).name
         yield Path(name) if Path(name).is_dir() or not beside.is_dir() else beside
 
@@ -164,21 +185,26 @@ def read_run(folder: Path, metric: str) -> RunRecord:
         settings, facts = _settings(config), _facts(config)
         names = (config["dataset"]["name"], config["model"]["name"])
         means, n_queries = summary["means"], int(summary["queries"])
-        variants = [variant for variant in VARIANTS if variant in means]
-        _check_numbers(summary)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Damaged(f"config.json or summary.json is not as runs write it ({error!r})") from None
+        said = {variant: means[variant].get(metric) for variant in VARIANTS if variant in means}
+        _check_kinds([*names, *settings.values(), *facts.values()], str | int | float | None)
+        _check_kinds([*_numbers(summary, config), *said.values()], int | float | None)
+    except KeyError as error:
+        raise Damaged(f"config.json or summary.json lacks {error}") from None
+    except (TypeError, ValueError, AttributeError):
+        raise Damaged("config.json or summary.json holds something else than runs write") from None
     topics: tuple[str, ...] = ()
     values = {}
-    for variant in variants:
+    for variant in said:
         path = folder / variant_files(variant)[0]
         own, values[variant] = _read_metric(path, metric)
-        if len(own) != n_queries or len(set(own)) != len(own):
-            raise Damaged(f"{path.name} has {len(set(own))} topics, summary.json says {n_queries}")
+        if len(own) != n_queries:
+            raise Damaged(f"{path.name} has {len(own)} rows, summary.json says {n_queries} queries")
+        if len(set(own)) != len(own):
+            raise Damaged(f"{path.name} has a topic twice")
         if own != (topics or own):
             raise Damaged(f"{path.name} has other topics than the run's other files")
         topics = own
-        _check_mean(path.name, metric, values[variant], means[variant])
+        _check_mean(path.name, metric, values[variant], said[variant])
     if not topics:
         raise Damaged("it has no variant, or no query")
     return RunRecord(folder, config, summary, *names, settings, facts, topics, values)
@@ -194,24 +220,30 @@ def _completed(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise Damaged("there is no such folder")
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     if not config:
-        raise Damaged("config.json is missing or cannot be read")
+        raise Damaged(f"config.json {'cannot be read' if (folder / 'config.json').exists() else 'is missing'}")
     status = config.get("status")
     if status == "running":
         raise Damaged("still running, or stopped without a word")
     if status != "completed":
         raise Damaged(f"{status}: {config['reason']}" if config.get("reason") else f"status is {status!r}")
     if not summary:
-        raise Damaged("summary.json is missing or cannot be read")
+        raise Damaged(f"summary.json {'cannot be read' if (folder / 'summary.json').exists() else 'is missing'}")
     return config, summary
 
 
-def _check_numbers(summary: Mapping[str, Any]) -> None:
-    """Raise TypeError or AttributeError where times and usage are not what runs write."""
+def _check_kinds(values: Iterable[Any], kinds: Any) -> None:
+    """Raise TypeError where a value is of another kind."""
+    for value in values:
+        if not isinstance(value, kinds):
+            raise TypeError(f"{value!r}")
+
+
+def _numbers(summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[Any]:
+    """What stands in the files as numbers and is shown; raises AttributeError where it is no mapping."""
+    (config.get("versions") or {}).items()
     usage = [used for role in (summary.get("language_models") or {}).values() for used in role.values()]
-    for value in (*(summary.get("seconds") or {}).values(), *usage, summary.get("cost")):
-        if not isinstance(value, int | float | None):
-            raise TypeError(f"{value!r} is no number")
-    (summary.get("teacher") or {}).get("missing")
+    missing = (summary.get("teacher") or {}).get("missing")
+    return [*(summary.get("seconds") or {}).values(), *usage, missing, summary.get("cost")]
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,8 +256,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
             settings[field.name] = flags.get(field.name, field.default)  # a flag younger than the run
     settings["embedder_dtype"] = config["model"]["dtype"]
     settings["instruction_templates"] = Path(settings["instruction_templates"]).name
-    if settings["scores_from_top"] == min(ExperimentConfig.scores_from_top, settings["total_scores"]):
-        settings["scores_from_top"] = None  # follows --total_scores
+    for name in ("total_scores", "scores_from_top", "random_seed"):
+        settings[name] = int(settings[name])
     return settings
 
 
@@ -234,7 +266,7 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     templates, hyde = config["templates"], config.get("hyde")
     return {
         "dataset": config["dataset"]["fingerprint"],
-        "model": config["model"]["identity"],
+        "model": short_hash(config["model"]["identity"]),
         "query template": templates["query"],
         "document template": templates["document"],
         "instruction": templates["instruction"],
@@ -262,30 +294,29 @@ def _read_metric(path: Path, metric: str) -> tuple[tuple[str, ...], np.ndarray]:
         raise Damaged(f"{path.name} has no column {metric!r}") from None
     except FileNotFoundError:
         raise Damaged(f"{path.name} is missing") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise Damaged(f"{path.name} cannot be read ({str(error).splitlines()[0][:200]})") from None
+    except (pa.ArrowInvalid, OSError, UnicodeError) as error:  # Arrow takes no file name that is not UTF-8
+        raise Damaged(f"{path.name} cannot be read ({one_line(str(error))[:200]})") from None
     topics = tuple((own or b"").decode("utf-8", "replace") for own in table["topic"].to_pylist())
     return topics, table[metric].to_numpy().astype(np.float64)
 
 
-def _check_mean(name: str, metric: str, values: np.ndarray, means: Mapping[str, float | None]) -> None:
+def _check_mean(name: str, metric: str, values: np.ndarray, said: float | None) -> None:
     """Raise :class:`Damaged` where the figures of a file are not those that the summary was made from."""
-    finite = values[~np.isnan(values)]
-    mean = float(finite.mean()) if len(finite) else None
-    said = means.get(metric) if isinstance(means, Mapping) else None
+    known = values[~np.isnan(values)]
+    mean = float(known.mean()) if len(known) else None
     if (mean is None) != (said is None) or (mean is not None and not abs(mean - said) < MEANS_AGREE):
         raise Damaged(f"{name} gives a mean {metric} of {shown(mean)}, summary.json says {shown(said)}")
 
 
 def metrics_of(folders: Iterable[Path]) -> list[str]:
-    """The metrics that the first readable result file has; empty where there is none."""
-    for folder in folders:
-        for name in (variant_files(variant)[0] for variant in VARIANTS):
-            try:
-                with open(folder / name, newline="", encoding="utf-8", errors="replace") as file:
-                    header = next(csv.reader(file), [])
-            except (OSError, csv.Error):
-                continue
-            if "query_id" in header:
-                return header[1 : header.index("query_id")]
-    return []
+    """The metrics that result files have, as far as they can be read."""
+    found: dict[str, None] = {}
+    for path in (folder / variant_files(variant)[0] for folder in folders for variant in VARIANTS):
+        try:
+            with open(path, newline="", encoding="utf-8", errors="replace") as file:
+                header = next(csv.reader(file), [])
+        except (OSError, csv.Error):
+            continue
+        if "query_id" in header:
+            found |= dict.fromkeys(header[1 : header.index("query_id")])
+    return list(found)

@@ -9,11 +9,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from report_axes import Runs
+from report_axes import ANY, Runs
 from report_comparisons import ALPHA, Averages, Comparison
+from report_words import DOWN, UP, counted, number, one_line, p_value, percent, signed
 from results import VARIANTS, aligned
+from significance import resamples_for
 
-MARK = "*"
+LONG_TABLE = 45  # lines; more do not fit a page of LaTeX
 
 
 # --- Cells -----------------------------------------------------------------------------------------------------------
@@ -26,9 +28,11 @@ class Table:
     Attributes:
         title: one line.
         header: names of columns.
-        lines: cells as text.
+        lines: cells, each one line of text.
         left: how many columns, from the first, hold names.
         starts: the lines before which a new group starts.
+        notes: what its marks mean, a sentence each.
+        kinds: of each line: "baseline", "better", "worse" (significantly so) or ""; empty where there are no kinds.
     """
 
     title: str
@@ -41,82 +45,98 @@ class Table:
 
 
 def main_table(rows: Sequence[Comparison], runs: Runs, baseline: str, metric: str) -> Table:
-    """The main table: of each dataset, model and setting the baseline first."""
+    """The main table: of each dataset, embedding model and what embedding depends on, the baseline first."""
     header = ["dataset", "embedding model", *runs.axes, "query", "n", metric, "change", "%", "95 % interval"]
     header += ["better/equal/worse", "p", "p (Holm)", ""]
     lines, starts, kinds, last_dataset = [], [], [], None
     for row in rows:
-        dataset, model, _ = runs.key(row.run)
-        if dataset != last_dataset:
+        if row.run.dataset != last_dataset:
             starts.append(len(lines))
-        last_dataset = dataset
-        settings = runs.common_settings(row.runs)
-        lines.append([dataset, model, *settings, variant_name(row), str(row.queries), number(row.mean)])
-        kinds.append("baseline" if row.is_baseline else "significant" if row.significant else "")
-        if row.is_baseline:
-            lines[-1] += ["", "", "", "", "", "", ""]
-            continue
-        low, high = row.change_interval
-        lines[-1] += [signed(row.change), percent(row.relative), f"{signed(low)} to {signed(high)}"]
-        lines[-1] += [f"{row.better}/{row.equal}/{row.worse}", p_value(row.p), p_value(row.p_holm)]
-        lines[-1].append(MARK if row.significant else "")
-    tests = sum(not math.isnan(row.p) for row in rows)
-    notes = [
-        f"n: queries. {metric}: mean over them. change: against the {VARIANTS[baseline]} query of the same run, with "
-        "its 95 % bootstrap interval over queries in pairs.",
-        f"p: paired randomisation test, two-sided; Holm: corrected for the {tests} tests of this table; "
-        f"{MARK}: corrected p below {ALPHA}.",
-    ]
-    if any(row.run.is_oracle for row in rows):
-        notes.append("(oracle): the teacher was the gold labels, which no real teacher equals.")
-    if any(len(row.runs) > 1 for row in rows):
-        notes.append("any: the query is the same with all these settings, and stands there once.")
+        last_dataset = row.run.dataset
+        kind = "baseline" if row.is_baseline else _kind(row)
+        names = [row.run.dataset, row.run.model, *runs.settings(row.run, row.variant, baseline), row.query]
+        lines.append([*map(one_line, names), str(row.queries), number(row.mean), *_compared(row)])
+        kinds.append(kind)
     title = f"Mean {metric} against the {VARIANTS[baseline]} query"
+    notes = _notes(rows, runs, baseline, metric)
     return Table(title, header, lines, 3 + len(runs.axes), tuple(starts), notes, kinds)
 
 
-def variant_name(row: Comparison) -> str:
-    """The variant as people read it; refined by an oracle is said so."""
-    return VARIANTS[row.variant] + (" (oracle)" if row.run.is_oracle and row.variant.startswith("optimized") else "")
+def _kind(row: Comparison) -> str:
+    return ("worse", "", "better")[1 + row.direction] if row.significant else ""
+
+
+def _compared(row: Comparison) -> list[str]:
+    """The cells behind the mean."""
+    if row.is_baseline:
+        return [""] * 7
+    low, high = row.change_interval
+    interval = "-" if math.isnan(low) else f"{signed(low)} to {signed(high)}"
+    counts = f"{row.better}/{row.equal}/{row.worse}"
+    mark = {"better": UP, "worse": DOWN, "": ""}[_kind(row)]
+    return [signed(row.change), percent(row.relative), interval, counts, p_value(row.p), p_value(row.p_holm), mark]
+
+
+def _notes(rows: Sequence[Comparison], runs: Runs, baseline: str, metric: str) -> list[str]:
+    """What the main table's columns and marks mean, and what it cannot tell."""
+    tested = [row for row in rows if not math.isnan(row.p)]
+    resamples = resamples_for(len(tested), ALPHA)
+    notes = [
+        f"n: queries with a figure. {metric}: mean over them. change: against the {VARIANTS[baseline]} query of the "
+        "same run, with its 95 % bootstrap interval over queries in pairs, which is for each row alone.",
+        f"p: paired randomisation test, two-sided, up to {resamples:,} random sign patterns; Holm: corrected for the "
+        f"{counted(len(tested), 'test')} of this table; {UP}, {DOWN}: corrected p below {ALPHA}.",
+    ]
+    needed = math.ceil(1 + math.log2(len(tested) / ALPHA)) if tested else 0
+    if any(row.queries < needed for row in tested):
+        notes.append(f"Rows of fewer than {needed} queries can hardly get a corrected p below {ALPHA}: too few.")
+    if len(tested) >= ALPHA * resamples:
+        notes.append("With so many tests no corrected p can be below the limit: report on fewer runs at once.")
+    if any(row.query != VARIANTS[row.variant] for row in rows):
+        notes.append("(oracle): the teacher was the gold labels, which no real teacher equals.")
+    if any(ANY in runs.settings(row.run, row.variant, baseline) for row in rows):
+        notes.append(f"{ANY}: the query does not depend on this setting.")
+    for name, own in runs.twice.items():
+        notes.append(f"{' and '.join(own)}: different contents under the name {name}; taken as different datasets.")
+    return [one_line(note) for note in notes]
 
 
 def averages_table(averages: Averages, runs: Runs, metric: str) -> Table:
     """Averages over datasets beside the rank order."""
-    n_datasets, n_systems = len(averages.datasets), len(averages.rows)
+    n_datasets, n_systems = len(averages.queries), len(averages.rows)
     header = ["embedding model", *runs.axes, "query", f"mean {metric}", "mean change", "Borda points", "rank"]
     lines = [
-        [*(row.model, *row.settings, VARIANTS[row.variant]), *(number(row.mean), signed(row.change)),
+        [*map(one_line, (row.model, *row.settings, row.query)), *(number(row.mean), signed(row.change)),
          *(f"{row.points:g}", str(row.rank))]
         for row in averages.rows
-    ]
+    ]  # fmt: skip
+    of_datasets = ", ".join(f"{one_line(name)} ({n} queries)" for name, n in averages.queries.items())
     notes = [
-        f"Means over {n_datasets} datasets ({', '.join(averages.datasets)}): a dataset with large figures or large "
-        "changes weighs more, so read the rank order beside them.",
-        f"Borda points: how many of the {n_systems - 1} other systems a system beats on a dataset, ties half, summed.",
+        f"Means of the means on {n_datasets} datasets, each over the queries that all these systems have: "
+        f"{of_datasets}. A dataset with large figures or changes weighs more, so read the rank order beside them.",
+        f"Borda points: how many of the {counted(n_systems - 1, 'other system')} a system beats on a dataset, ties "
+        "half, summed.",
     ]
     return Table(f"Mean {metric} over {n_datasets} datasets", header, lines, 2 + len(runs.axes), (0,), notes)
 
 
-def number(value: float) -> str:
-    """Four digits."""
-    return "-" if math.isnan(value) else f"{value:.4f}"
+def usage_table(runs: Runs) -> Table | None:
+    """Calls, tokens and cost of language models; None where none was asked."""
+    lines = [
+        [*map(one_line, (run.dataset, run.model, *map(run.setting, runs.axes), role)), *_used(used)]
+        for run in runs.records
+        for role, used in run.language_models.items()
+    ]
+    header = ["dataset", "embedding model", *runs.axes, "role", "calls", "tokens read", "tokens written"]
+    header += ["answers from the cache", "cost", "spared by the cache"]
+    notes = ["Calls, tokens and cost of each run's own; answers from the cache were paid for by an earlier run."]
+    return Table("Language models", header, lines, 3 + len(runs.axes), (), notes) if lines else None
 
 
-def signed(value: float) -> str:
-    """Four digits with a sign."""
-    return "-" if math.isnan(value) else f"{value:+.4f}"
-
-
-def percent(value: float) -> str:
-    """A share as a percentage with a sign."""
-    return "-" if math.isnan(value) else f"{100 * value:+.1f}"
-
-
-def p_value(value: float) -> str:
-    """Three digits, or how small it is at most."""
-    if math.isnan(value):
-        return "-"
-    return f"{value:.3f}" if value >= 0.001 else "<0.001"
+def _used(used: dict[str, float | None]) -> list[str]:
+    counts = [f"{int(used.get(key) or 0)}" for key in ("calls", "input_tokens", "output_tokens", "cached_answers")]
+    costs = (used.get(key) for key in ("cost", "cost_spared_by_the_cache"))
+    return counts + ["" if cost is None else f"{cost:.4f}" for cost in costs]
 
 
 # --- Renderings ------------------------------------------------------------------------------------------------------
@@ -139,9 +159,7 @@ def as_markdown(table: Table) -> str:
 
 
 def _markdown(text: str) -> str:
-    for special in "\\|*_`<[":
-        text = text.replace(special, "\\" + special)
-    return text.replace("\n", " ")
+    return re.sub(r"([\\|*_`<\[~$&#])", r"\\\1", text)
 
 
 def _markdown_cells(cells: Sequence[str]) -> list[str]:
@@ -150,28 +168,28 @@ def _markdown_cells(cells: Sequence[str]) -> list[str]:
 
 LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "\n": " ",
-    "[": "{[}",  # else the end of the line before would take it for its option
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$",
+    "[": "{[}", "*": "{*}",  # else the end of the line before would take them for its options
 }  # fmt: skip
 
 
 def as_latex(table: Table) -> str:
-    """A table for a paper; needs the booktabs package."""
-    lines = [
-        "% \\usepackage{booktabs}",
-        "\\begin{table}",
-        "\\centering",
-        "\\small",
-        f"\\caption{{{_latex(table.title)}. {_latex(' '.join(table.notes))}}}",
-        f"\\begin{{tabular}}{{{'l' * table.left}{'r' * (len(table.header) - table.left)}}}",
-        "\\toprule",
-        _latex_line(table.header, table.left),
-    ]
+    """A table for a paper; needs the packages that its first line names."""
+    columns = f"{{{'l' * table.left}{'r' * (len(table.header) - table.left)}}}"
+    caption = f"\\caption{{{_latex(table.title)}. {_latex(' '.join(table.notes))}}}"
+    header = ["\\toprule", _latex_line(table.header, table.left)]
+    body = []
     for i, line in enumerate(table.lines):
         if i in table.starts:
-            lines.append("\\midrule")
-        lines.append(_latex_line(line, table.left))
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}", ""])
+            body.append("\\midrule")
+        body.append(_latex_line(line, table.left))
+    if len(table.lines) > LONG_TABLE:
+        lines = ["% \\usepackage{booktabs,longtable,pdflscape}", "\\begin{landscape}", "\\footnotesize"]
+        lines += [f"\\begin{{longtable}}{columns}", f"{caption}\\\\", *header, "\\endhead", *body]
+        return "\n".join([*lines, "\\bottomrule", "\\end{longtable}", "\\end{landscape}", ""])
+    lines = ["% \\usepackage{booktabs,graphicx}", "\\begin{table}", "\\centering", caption]
+    lines += ["\\resizebox{\\textwidth}{!}{%", f"\\begin{{tabular}}{columns}", *header, *body]
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}}", "\\end{table}", ""])
 
 
 def _latex(text: str) -> str:
@@ -190,27 +208,32 @@ MAIN_COLUMNS = ("queries", "mean", "mean_low", "mean_high", "change", "change_lo
 
 
 def main_csv(rows: Sequence[Comparison], runs: Runs, baseline: str, metric: str) -> str:
-    """The main table for programs: full precision, empty cells where there is nothing."""
-    lines = [["dataset", "embedding_model", *runs.axes, "variant", "teacher", "baseline", "metric", *MAIN_COLUMNS]]
+    """The main table for programs: a line for each run and variant, full precision, empty cells for nothing."""
+    teacher = [] if "teacher" in runs.axes else ["teacher"]
+    lines = [["dataset", "embedding_model", *runs.axes, *teacher, "variant", "baseline", "metric", *MAIN_COLUMNS]]
     places = {id(run): place for place, run in enumerate(runs.records)}
     of_runs = [(run, row) for row in rows for run in row.runs]
     for run, row in sorted(of_runs, key=lambda own: places[id(own[0])]):
-        dataset, model, settings = runs.key(run)
-        compared = [] if row.is_baseline else [row.change, *row.change_interval, row.relative, row.better, row.equal]
-        compared += [] if row.is_baseline else [row.worse, row.p, row.p_holm, row.significant]
-        line = [dataset, model, *settings, row.variant, run.setting("teacher"), baseline, metric, row.queries]
-        line += [row.mean, *row.interval, *(compared or [""] * 10), run.folder]
-        lines.append(line)
+        lines.append([run.dataset, run.model, *(run.setting(axis) for axis in (*runs.axes, *teacher)), row.variant])
+        lines[-1] += [baseline, metric, *_figures(row), str(run.folder)]
     return _csv(lines)
 
 
+def _figures(row: Comparison) -> list[object]:
+    compared = [row.change, *row.change_interval, row.relative, row.better, row.equal, row.worse, row.p, row.p_holm]
+    compared = [""] * 10 if row.is_baseline else [*compared, row.significant]
+    return [row.queries, row.mean, *row.interval, *compared]
+
+
 def averages_csv(averages: Averages, runs: Runs) -> str:
-    """The averages for programs."""
-    header = ["embedding_model", *runs.axes, "variant", "datasets", "mean", "change", "borda_points", "rank"]
-    return _csv([header] + [
-        [row.model, *row.settings, row.variant, len(averages.datasets), row.mean, row.change, row.points, row.rank]
-        for row in averages.rows
-    ])  # fmt: skip
+    """The averages for programs; a setting that the query does not depend on is empty."""
+    lines: list[list[object]] = [["embedding_model", *runs.axes, "variant", "query", "datasets", "mean", "change"]]
+    lines[0] += ["borda_points", "rank"]
+    for row in averages.rows:
+        settings = ["" if setting == ANY else setting for setting in row.settings]
+        figures = [len(averages.queries), row.mean, row.change, row.points, row.rank]
+        lines.append([row.model, *settings, row.variant, row.query, *figures])
+    return _csv(lines)
 
 
 def _csv(lines: Sequence[Sequence[object]]) -> str:

@@ -1,7 +1,7 @@
 """How sure a difference between two rankings' figures is. Arrays in, arrays out; knows no run, no metric and no file.
 
-Columns of one number of queries are treated together: one matrix of random signs, or of how often a resample holds each
-query, is multiplied with all of them. The seed is fixed, so that the same figures give the same answer.
+Columns are treated together: one matrix of random signs, or of how often a resample holds each query, is multiplied
+with all of them. The seed is fixed, so that the same figures give the same answer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ SEED = 0
 CONFIDENCE = 0.95
 BOOTSTRAP_RESAMPLES = 10_000
 LEAST_RESAMPLES, MOST_RESAMPLES = 9_999, 199_999  # of the randomisation test; an odd number, so that 1 + R is round
-RESAMPLES_A_TEST = 50  # how much finer than Holm's smallest threshold a p-value must be
+RESAMPLES_A_TEST = 50  # how much finer than Holm's smallest threshold a p-value should be
+MOST_DRAWS = 1 << 28  # resamples × queries: with very many queries fewer resamples do
 CHUNK_CELLS = 1 << 22  # resamples × queries, or × columns, held at once: 32 MiB
 CHUNK_COLUMNS = 256
 
@@ -22,7 +23,8 @@ CHUNK_COLUMNS = 256
 def resamples_for(tests: int, alpha: float = 0.05) -> int:
     """How many resamples ``tests`` p-values need, so that Holm's correction can find the smallest significant.
 
-    A p-value is at least ``1 / (1 + resamples)``, and Holm compares the smallest with ``alpha / tests``.
+    A p-value is at least ``1 / (1 + resamples)``, and Holm compares the smallest with ``alpha / tests``. There is a
+    bound, so that with ``alpha × 200,000`` tests or more none can be significant.
     """
     wanted = int(np.ceil(RESAMPLES_A_TEST * tests / alpha)) - 1
     return min(max(wanted, LEAST_RESAMPLES), MOST_RESAMPLES)
@@ -36,15 +38,18 @@ def randomisation_test(differences: np.ndarray, resamples: int = LEAST_RESAMPLES
     there are no more than ``resamples + 1``; else ``p = (1 + as large) / (1 + resamples)``, which is never 0.
 
     Args:
-        differences: float64 [n, C], a row a query, a column a comparison; finite.
-        resamples: how many patterns to draw.
+        differences: float64 [n, C], a row a query, a column a comparison; NaN where a comparison lacks the query.
+        resamples: how many patterns to draw, at most.
 
     Returns:
         float64 [C], NaN for fewer than two queries.
     """
     n, n_columns = differences.shape
-    if n < 2:
+    too_few = (~np.isnan(differences)).sum(axis=0) < 2
+    if too_few.all():
         return np.full(n_columns, np.nan)
+    resamples = _affordable(resamples, n)
+    differences = np.nan_to_num(differences)  # whatever the sign of a zero, it changes no sum
     observed = np.abs(differences.sum(axis=0))
     observed -= 1e-10 * np.abs(differences).sum(axis=0)  # equal sums may differ in last bits
     exact = n < 60 and 2**n <= resamples + 1
@@ -53,7 +58,12 @@ def randomisation_test(differences: np.ndarray, resamples: int = LEAST_RESAMPLES
         for columns in _pieces(n_columns):
             sums = signs @ differences[:, columns]
             as_large[columns] += (np.abs(sums) >= observed[columns]).sum(axis=0)
-    return as_large / 2**n if exact else (1 + as_large) / (1 + resamples)
+    p = as_large / 2**n if exact else (1 + as_large) / (1 + resamples)
+    return np.where(too_few, np.nan, p)
+
+
+def _affordable(resamples: int, n: int) -> int:
+    return min(resamples, max(999, MOST_DRAWS // n))
 
 
 def _all_signs(n: int) -> Iterator[np.ndarray]:
@@ -77,21 +87,30 @@ def bootstrap_interval(values: np.ndarray, resamples: int = BOOTSTRAP_RESAMPLES)
     For paired differences the queries are resampled in pairs, since a row is a query.
 
     Args:
-        values: float64 [n, C], a row a query; finite.
-        resamples: how many sets of n queries to draw, with replacement.
+        values: float64 [n, C], a row a query; NaN where a column lacks the query: its mean is then over those that it
+            has, of the ones drawn.
+        resamples: how many sets of n queries to draw, with replacement, at most.
 
     Returns:
         lower and upper ends, float64 [C] each; NaN for fewer than two queries.
     """
     n, n_columns = values.shape
     low, high = np.full(n_columns, np.nan), np.full(n_columns, np.nan)
-    if n < 2:
-        return low, high
+    there = ~np.isnan(values)
     tail = 100 * (1 - CONFIDENCE) / 2
-    for columns in _pieces(n_columns):
-        own = values[:, columns]
-        means = np.concatenate([counts @ own for counts in _random_counts(n, resamples)]) / n
-        low[columns], high[columns] = np.percentile(means, [tail, 100 - tail], axis=0)
+    for columns in _pieces(n_columns) if n >= 2 else ():
+        own, has = np.nan_to_num(values[:, columns]), there[:, columns].astype(np.float64)
+        whole = bool(has.all())
+        means = np.empty((_affordable(resamples, n), own.shape[1]))
+        first = 0
+        for counts in _random_counts(n, len(means)):
+            rows = slice(first, first + len(counts))
+            with np.errstate(invalid="ignore"):  # a resample may miss all queries that a column has
+                means[rows] = (counts @ own) / (n if whole else counts @ has)
+            first = rows.stop
+        ends = (np.percentile if whole else np.nanpercentile)(means, [tail, 100 - tail], axis=0)
+        enough = has.sum(axis=0) >= 2
+        low[columns], high[columns] = np.where(enough, ends, np.nan)
     return low, high
 
 

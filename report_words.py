@@ -1,0 +1,102 @@
+"""How values, texts and names are written for people, in tables, pictures and on the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SHORTEST_NAME, SHORTEST_VALUE = 6, 12  # of the parts of a label that must be cut
+BARE = ("dataset", "model", "query")
+UP, DOWN = "* better", "* worse"
+
+
+def shown(value: Any) -> str:
+    """A setting; different numbers give different texts."""
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value)
+
+
+def one_line(text: str) -> str:
+    """A text as one line of letters that can be shown, whatever it holds."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def clip(text: str, longest: int) -> str:
+    """One line, with an ellipsis where something is left out."""
+    text = one_line(text)
+    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
+
+
+def labels(names: Sequence[Mapping[str, str]], longest: int) -> list[str]:
+    """Short labels that tell things apart.
+
+    Of a name only those parts stand in the labels that are needed to tell all of them apart; where a label is too long
+    all the same, names of settings are cut, then values; and where two would then look the same, they are numbered.
+
+    Args:
+        names: of each thing, values by setting; those of ``BARE`` stand there without their setting's name.
+        longest: letters of a label, about.
+    """
+    there_are = list(dict.fromkeys(tuple(name.items()) for name in names))
+    needed = list(dict.fromkeys(key for name in names for key in name))
+    for key in sorted(reversed(needed), key=lambda key: key in BARE):  # settings go first, the last of them foremost
+        fewer = [other for other in needed if other != key]
+        if fewer and len({tuple(dict(own).get(other) for other in fewer) for own in there_are}) == len(there_are):
+            needed = fewer
+    found: dict[tuple, str] = {}
+    taken: dict[str, int] = {}
+    for own in there_are:
+        label = _cut([(key, value) for key, value in own if key in needed], longest)
+        taken[label] = taken.get(label, 0) + 1
+        found[own] = label if taken[label] == 1 else f"{label} ({taken[label]})"
+    return [found[tuple(name.items())] for name in names]
+
+
+def _cut(parts: Sequence[tuple[str, str]], longest: int) -> str:
+    """The parts as one text, names and values shortened as far as it must be and may be."""
+    name_room, value_room = 40, 60
+    while True:
+        texts = [
+            clip(value, value_room) if key in BARE else f"{clip(key, name_room)} {clip(value, value_room)}"
+            for key, value in parts
+        ]
+        text = ", ".join(texts)
+        if len(text) <= longest or value_room <= SHORTEST_VALUE:
+            return text
+        if name_room > SHORTEST_NAME:
+            name_room -= 1
+        else:
+            value_room -= 1
+
+
+def number(value: float) -> str:
+    """Four digits."""
+    return "-" if math.isnan(value) else f"{value:.4f}"
+
+
+def signed(value: float) -> str:
+    """Four digits with a sign; a zero has no minus."""
+    return "-" if math.isnan(value) else f"{round(value, 4) + 0.0:+.4f}"
+
+
+def percent(value: float) -> str:
+    """A share as a percentage with a sign."""
+    return "-" if math.isnan(value) else f"{round(100 * value, 1) + 0.0:+.1f}"
+
+
+def p_value(value: float) -> str:
+    """Three digits, or that it is smaller than they can say."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:.3f}" if value >= 0.001 else "<0.001"
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things: "1 run", "2 runs", "3 queries"."""
+    plural = what[:-1] + "ies" if what.endswith("y") else what + "s"
+    return f"{count:,} {what if count == 1 else plural}"
