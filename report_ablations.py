@@ -151,7 +151,8 @@ def _groups(runs: Runs, free: Sequence[str], variant: str, baseline: str) -> lis
     if "total_scores" in free and "scores_from_top" in fixed:
         following = [own for own in records if follows_default(own)]
         found += _agreeing(following, [axis for axis in fixed if axis != "scores_from_top"], free)
-    return found
+    members = [set(map(id, own)) for own in found]
+    return [own for own, ids in zip(found, members, strict=True) if not any(ids < other for other in members)]
 
 
 def _agreeing(records: Sequence[RunRecord], fixed: Sequence[str], free: Sequence[str]) -> list[list[RunRecord]]:

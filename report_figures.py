@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
 from report_ablations import HeatMap, Line
@@ -115,7 +116,7 @@ def bars(rows: Sequence[Comparison], names: Names, metric: str) -> Figure:
     variants = [variant for variant in VARIANTS if any(row.variant == variant for row in rows)]
     thickness = 0.8 / len(variants)
     own_labels = labels([dict(system) for system in systems], LONGEST_LABEL)
-    width = 2.7 + 0.03 * max(map(len, own_labels))  # they stand on the left of three panels
+    width = 2.5 + max(map(_inches, own_labels)) / min(len(datasets), 3)  # they stand on the left of three panels
     figure, axes = _panels(len(datasets), width, 0.8 + 0.14 * len(systems) * (len(variants) + 1), sharey=True)
     for panel, dataset in zip(axes, datasets, strict=True):
         own = of_dataset[dataset]
@@ -133,6 +134,11 @@ def bars(rows: Sequence[Comparison], names: Names, metric: str) -> Figure:
         panel.tick_params(axis="y", length=0)
     _legend(figure, axes)
     return figure
+
+
+def _inches(text: str) -> float:
+    """How wide a text is in the labels of pictures."""
+    return TextPath((0, 0), text, size=STYLE["font.size"]).get_extents().width / 72
 
 
 def _by_dataset(rows: Sequence[Comparison], names: Names) -> dict[str, dict[tuple[System, str], Comparison]]:

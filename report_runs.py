@@ -186,7 +186,8 @@ def read_run(folder: Path, metric: str) -> RunRecord:
         names = (config["dataset"]["name"], config["model"]["name"])
         means, n_queries = summary["means"], int(summary["queries"])
         said = {variant: means[variant].get(metric) for variant in VARIANTS if variant in means}
-        _check_kinds([*names, *settings.values(), *facts.values()], str | int | float | None)
+        _check_kinds(names, str)
+        _check_kinds([*settings.values(), *facts.values()], str | int | float | None)
         _check_kinds([*_numbers(summary, config), *said.values()], int | float | None)
     except KeyError as error:
         raise Damaged(f"config.json or summary.json lacks {error}") from None

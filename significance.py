@@ -108,8 +108,9 @@ def bootstrap_interval(values: np.ndarray, resamples: int = BOOTSTRAP_RESAMPLES)
             with np.errstate(invalid="ignore"):  # a resample may miss all queries that a column has
                 means[rows] = (counts @ own) / (n if whole else counts @ has)
             first = rows.stop
-        ends = (np.percentile if whole else np.nanpercentile)(means, [tail, 100 - tail], axis=0)
         enough = has.sum(axis=0) >= 2
+        means[:, ~enough] = 0
+        ends = (np.percentile if whole else np.nanpercentile)(means, [tail, 100 - tail], axis=0)
         low[columns], high[columns] = np.where(enough, ends, np.nan)
     return low, high
 

@@ -15,11 +15,13 @@ from scipy.sparse import csr_array
 from experiment_config import ExperimentConfig, short_hash
 from metrics import METRICS, mean_metrics
 from ranking import measure
+from report_axes import depends_on
 from results import RunFolder, write_json
 from retrieval_dataset import RetrievalDataset
 
 K = 20
-RAISED_BY = {"embeddings": 0.0, "optimized_embeddings": 1.0, "hyde": 0.2, "optimized_hyde_embeddings": 1.3}
+APART = ("dataset", "embedding_model", "computation_types", "reranker_model", "optimize_with_gold", "llm_score_mode")
+RAISED_BY = {"embeddings": 0.0, "optimized_embeddings": 1.0, "hyde": 0.0, "optimized_hyde_embeddings": 1.3}
 
 
 @functools.cache
@@ -90,11 +92,14 @@ def write_run(
     }
     run = RunFolder(folder)
     run.begin(settings)
-    random = np.random.default_rng(short_seed(digest))
     easy = np.random.default_rng(short_seed(dataset + model)).beta(2, 3, len(data.queries))  # the same in all its runs
     means = {}
     for variant in variants:
         add = gain * RAISED_BY[variant]
+        # As in real runs, a variant is the same whatever the settings that it does not depend on.
+        own = {name: value for name, value in config.result_flags().items() if depends_on(variant, name)}
+        own = {name: value for name, value in own.items() if name not in APART}
+        random = np.random.default_rng(short_seed(str([dataset, model, variant, queries, own, gold])))
         if raw:
             metrics = _raw(run, variant, data, random, 1 + 4 * add, gold)
         else:
