@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Sequence
@@ -12,7 +10,7 @@ from dataclasses import dataclass, field
 from report_axes import ANY, Runs
 from report_comparisons import ALPHA, Averages, Comparison
 from report_words import DOWN, UP, counted, number, one_line, p_value, percent, signed
-from results import VARIANTS, aligned
+from results import VARIANTS, aligned, csv_text
 from significance import resamples_for
 
 LONG_TABLE = 45  # lines; more do not fit a page of LaTeX
@@ -237,12 +235,10 @@ def averages_csv(averages: Averages, runs: Runs) -> str:
 
 
 def _csv(lines: Sequence[Sequence[object]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    for line in lines:
-        writer.writerow("" if isinstance(cell, float) and math.isnan(cell) else _cell(cell) for cell in line)
-    return text.getvalue()
+    return csv_text([_cell(cell) for cell in line] for line in lines)
 
 
 def _cell(value: object) -> object:
-    return f"{value:.9g}" if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.9g}"

@@ -15,7 +15,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,17 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def csv_text(lines: Iterable[Sequence[Any]]) -> str:
+    """Lines of cells as CSV that every reader takes apart the same way."""
+    text = io.StringIO()
+    plain = csv.writer(text, lineterminator="\n")
+    quoting = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for line in lines:
+        # Before Python 3.13 a carriage return alone is not quoted, and readers take it for the end of the line.
+        (quoting if any("\r" in str(cell) for cell in line) else plain).writerow(line)
+    return text.getvalue()
 
 
 def variant_files(variant: str) -> tuple[str, str, str]:
@@ -259,14 +270,12 @@ class RunFolder:
         self, variant: str, dataset: RetrievalDataset, metrics: dict[str, np.ndarray], settings: dict[str, Any]
     ) -> None:
         """Write ``<variant>_results.csv``, a row a query: topic, metrics (float [Q] each), query id, settings."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["topic", *metrics, "query_id", *settings])
+        lines: list[list[Any]] = [["topic", *metrics, "query_id", *settings]]
         for i, (topic, query_id) in enumerate(zip(dataset.topics, dataset.query_ids, strict=True)):
             values = (column[i] for column in metrics.values())
             row = ["" if math.isnan(value) else f"{value:.6f}" for value in values]
-            writer.writerow([topic, *row, query_id, *("" if v is None else v for v in settings.values())])
-        content = text.getvalue().encode("utf-8", "surrogateescape")  # file names may hold any byte
+            lines.append([topic, *row, query_id, *("" if v is None else v for v in settings.values())])
+        content = csv_text(lines).encode("utf-8", "surrogateescape")  # file names may hold any byte
         write_atomically(self.folder / f"{variant}_results.csv", lambda file: file.write(content))
 
     def write_tensors(self, variant: str, names: dict[str, Sequence[str]], tensors: dict[str, Any]) -> None:

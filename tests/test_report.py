@@ -219,7 +219,7 @@ def test_the_page_holds_everything_and_needs_nothing_else(reported):
 
 
 def test_text_from_datasets_is_escaped(tmp_path):
-    bad = '<script>alert("1")</script>\n</pre> $x_1$ \x07 {{ 7 * 7 }} é 日本'
+    bad = '<script>alert("1")</script>\n</pre>\r $x_1$ \x07 {{ 7 * 7 }} é 日本'
     data = made_dataset("One", 6, 60)
     data = dataclasses.replace(data, queries=[f"{i} {bad}" for i in range(6)], documents=[bad] * 60)
     write_run(tmp_path / "runs" / "a", dataset="One", model=f"made/{bad[:20]}", raw=True, data=data, gain=0.2)
