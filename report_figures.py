@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
@@ -197,7 +198,10 @@ def _legend(figure: Figure, axes: Sequence[Any]) -> None:
         room = int(figure.get_figwidth() / (0.6 + 0.08 * max(map(len, handles))))
         columns = min(max(room, 1), 4, len(handles))
         figure.set_figheight(figure.get_figheight() + LEGEND_LINE * (-(-len(handles) // columns) - 1))
-        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
+        legend = figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
+        for handle in legend.legend_handles:
+            if isinstance(handle, PathCollection):  # marks of a scatter plot, which may be of any size
+                handle.set_sizes([20])
 
 
 def ablation(axis: str, lines: Sequence[Line], metric: str) -> Figure:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import xml.dom.minidom
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +30,8 @@ from sklearn.metrics import roc_auc_score
 from synthetic_runs import made_dataset, write_run
 
 import report_figures
-from report import ReportFlags, in_detail
+from errors import UserError
+from report import ReportFlags, check_out, in_detail, read_all, read_command
 from report_ablations import find_ablations
 from report_axes import comparable
 from report_comparisons import average, compare, headline
@@ -448,7 +450,7 @@ WRONG = {
     "another csv": (["x.csv"], "x.csv: has no column 'folder'"),
     "a metric": (["runs", "--metric", "mapp"], "--metric: got 'mapp', must be one of map, roc_auc, precision_at_5"),
     "a baseline": (["runs", "--baseline", "hydra"], "--baseline: got 'hydra', must be one of embeddings, "),
-    "no baseline": (["runs", "--baseline", "hyde"], "runs: no run there can be reported\nerror: runs/a: has no HyDE queries"),
+    "no baseline": (["runs", "--baseline", "hyde"], "runs: no run there can be reported\nruns/a: has no HyDE queries"),
     "a number": (["runs", "--details", "-1"], "--details: got '-1', must be a whole number, 0 or more"),
     "a flag": (["runs", "--metrics", "map"], "unknown flag '--metrics'; did you mean --metric?"),
     "something else": (["runs", "--out", "runs"], "--out: runs holds something else than a report of this program"),
@@ -457,20 +459,37 @@ WRONG = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_mistakes_get_one_line_and_nothing_is_written(tmp_path, name):
+@pytest.fixture
+def at_hand(tmp_path, monkeypatch):
+    """A folder with a run, an empty one, and some that are neither, as the working directory."""
     write_run(tmp_path / "runs" / "a")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".keep").touch()
     (tmp_path / "x.csv").write_text("a,b\n1,2\n")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "report.json").write_text('{"files": ["precious.txt"]}')
-    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_mistakes_are_told_before_anything_is_written(at_hand, name):
     arguments, message = WRONG[name]
-    done = run_script(REPORT, *arguments, cwd=tmp_path, check=False)
+    with pytest.raises(UserError) as error:
+        paths, flags = read_command(arguments)
+        check_out(Path(flags.out))
+        read_all(paths, flags)
+    assert str(error.value).startswith(message) and error.value.exit_status == 2
+
+
+@pytest.mark.parametrize("name", ["an empty folder", "no baseline", "another json"])
+def test_mistakes_get_a_line_and_nothing_is_written(at_hand, name):
+    before = sorted(at_hand.rglob("*"))
+    arguments, message = WRONG[name]
+    done = run_script(REPORT, *arguments, cwd=at_hand, check=False)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"error: {message}") and "Traceback" not in done.stderr
-    assert sorted(tmp_path.rglob("*")) == before
+    assert done.stderr.startswith("\n".join(f"error: {line}" for line in message.splitlines()))
+    assert "Traceback" not in done.stderr and sorted(at_hand.rglob("*")) == before
 
 
 def test_a_second_report_takes_the_place_of_the_first(tmp_path):
