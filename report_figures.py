@@ -1,61 +1,43 @@
-"""The pictures of a report, as matplotlib figures. Computes nothing; readable in grey and by the colour-blind.
-
-Colours are of the set of Okabe and Ito, and differ in lightness; hatches, markers and line styles say the same again.
-"""
+"""The pictures of a report that show many runs: bars, ablations, time and tokens. Computes nothing."""
 
 from __future__ import annotations
 
 import itertools
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
-from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator
 
 from report_ablations import HeatMap, Line
 from report_axes import SEED, in_order, is_number
-from report_comparisons import EQUAL, Comparison
-from report_details import Separation, Steps, TeacherScores
+from report_comparisons import Comparison
+from report_drawing import (
+    BLACK,
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    HATCH_INK,
+    HATCHES,
+    LINES,
+    ORANGE,
+    PINK,
+    SKY,
+    add_legend,
+    inches,
+    panels,
+)  # fmt: skip
 from report_runs import RunRecord
 from report_words import clip, labels, shown
 from results import VARIANTS
 
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "hatch.linewidth": 0.6,
-    "text.parse_math": False,  # a dollar sign in a query is a dollar sign
-    "svg.hashsalt": "report",
-    "svg.fonttype": "path",
-    "figure.facecolor": "white",
-}
-HATCH_INK = "0.25"
-DPI = 150
-DRAWN_BINS = 64
-BLACK, GREY, BLUE, ORANGE = "#000000", "#bdbdbd", "#0072b2", "#e69f00"
-GREEN, PURPLE, RED, SKY, PINK = "#009e73", "#882255", "#d55e00", "#56b4e9", "#cc79a7"
-COLOURS = dict(zip(VARIANTS, (GREY, BLUE, ORANGE, PINK), strict=False))
-HATCHES = dict(zip(VARIANTS, ("", "", "////", "...."), strict=False))
-LINES = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (PURPLE, "^", "-."), (GREEN, "D", ":"),
-         (RED, "v", "-"), (SKY, "P", "--"), (BLACK, "X", "-."), (GREY, "*", ":"))  # fmt: skip
 LONGEST_LABEL = 44
-LEGEND_LINE = 0.19  # inches
 MOST_SYSTEMS, MOST_PANELS = 12, 9
 MOST_WHISKERS = 8  # on a line; with more points a band shows the intervals
 MOST_WRITTEN_CELLS = 400  # of a heat map
-MOST_VECTOR_MARKS = 2000  # of a scatter plot; more are stored as an image
 STAGES = {  # groups of stages, and what their names begin with
     "imports and loading": ("import", "load"),
     "embedding": ("embed",),
@@ -66,34 +48,6 @@ STAGES = {  # groups of stages, and what their names begin with
 }
 STAGE_STYLES = (
     *((GREY, ""), (BLUE, ""), (ORANGE, "////"), (PINK, "...."), (GREEN, "xxxx")), (SKY, "\\\\\\\\"), ("white", "...."))
-
-
-@contextmanager
-def drawing() -> Iterator[None]:
-    """Draw in the style of reports; letters that no font has become boxes without a warning each."""
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
-
-
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write ``name`` with .png and with .svg, returned in this order; the same figure gives the same bytes."""
-    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    figure.savefig(png, dpi=DPI, metadata={"Software": None})
-    figure.savefig(svg, metadata={"Date": None})
-    return [png, svg]
-
-
-def _panels(count: int, width: float, height: float, columns: int = 3, **options: Any) -> tuple[Figure, list[Any]]:
-    """A figure of ``count`` panels, each so wide and high (inches), and their axes."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(max(width * columns, 4.5), height * rows), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1)
-    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel().tolist()
-    for unused in axes[count:]:
-        unused.set_visible(False)
-    return figure, axes[:count]
 
 
 # --- All runs --------------------------------------------------------------------------------------------------------
@@ -117,8 +71,8 @@ def bars(rows: Sequence[Comparison], names: Names, metric: str) -> Figure:
     variants = [variant for variant in VARIANTS if any(row.variant == variant for row in rows)]
     thickness = 0.8 / len(variants)
     own_labels = labels([dict(system) for system in systems], LONGEST_LABEL)
-    width = 2.5 + max(map(_inches, own_labels)) / min(len(datasets), 3)  # they stand on the left of three panels
-    figure, axes = _panels(len(datasets), width, 0.8 + 0.14 * len(systems) * (len(variants) + 1), sharey=True)
+    width = 2.5 + max(map(inches, own_labels)) / min(len(datasets), 3)  # they stand on the left of three panels
+    figure, axes = panels(len(datasets), width, 0.8 + 0.14 * len(systems) * (len(variants) + 1), sharey=True)
     for panel, dataset in zip(axes, datasets, strict=True):
         own = of_dataset[dataset]
         for j, variant in enumerate(variants):
@@ -128,18 +82,13 @@ def bars(rows: Sequence[Comparison], names: Names, metric: str) -> Figure:
         panel.set_title(f"{clip(dataset, 20)}, {_queries(row.queries for row in own.values())}")
         panel.set_yticks(range(len(systems)), own_labels)
         panel.set_ylim(len(systems) - 0.5, -0.5)
-        panel.set_xlim(left=0)
+        panel.set_xlim(left=min(0.0, *(np.nan_to_num(row.interval[0]) for row in own.values())))
         panel.set_xlabel(f"mean {metric}")
         panel.xaxis.set_major_locator(MaxNLocator(5))
         panel.grid(axis="x", color="0.9")
         panel.tick_params(axis="y", length=0)
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
-
-
-def _inches(text: str) -> float:
-    """How wide a text is in the labels of pictures."""
-    return TextPath((0, 0), text, size=STYLE["font.size"]).get_extents().width / 72
 
 
 def _by_dataset(rows: Sequence[Comparison], names: Names) -> dict[str, dict[tuple[System, str], Comparison]]:
@@ -188,22 +137,6 @@ def _queries(counts: Iterable[int]) -> str:
     return f"{low} queries" if low == high else f"{low}–{high} queries"
 
 
-def _legend(figure: Figure, axes: Sequence[Any]) -> None:
-    """One legend for all panels, above them, each name once, in as many columns as there is room for."""
-    handles: dict[str, Any] = {}
-    for panel in axes:
-        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
-            handles.setdefault(name, handle)
-    if handles:
-        room = int(figure.get_figwidth() / (0.6 + 0.08 * max(map(len, handles))))
-        columns = min(max(room, 1), 4, len(handles))
-        figure.set_figheight(figure.get_figheight() + LEGEND_LINE * (-(-len(handles) // columns) - 1))
-        legend = figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
-        for handle in legend.legend_handles:
-            if isinstance(handle, PathCollection):  # marks of a scatter plot, which may be of any size
-                handle.set_sizes([20])
-
-
 def ablation(axis: str, lines: Sequence[Line], metric: str) -> Figure:
     """Mean change over one setting, with intervals: a panel a dataset; numbers as lines, words as points."""
     lines = drawn_lines(lines)
@@ -213,7 +146,7 @@ def ablation(axis: str, lines: Sequence[Line], metric: str) -> Figure:
     datasets = list(dict.fromkeys(line.dataset for line in lines))[:MOST_PANELS]
     numeric = axis != SEED and all(is_number(value) for line in lines for value in line.values)
     values = sorted(dict.fromkeys(value for line in lines for value in line.values), key=in_order)
-    figure, axes = _panels(len(datasets), 3.4, 2.9)
+    figure, axes = panels(len(datasets), 3.4, 2.9)
     for panel, dataset in zip(axes, datasets, strict=True):
         is_log = _scale(panel, values, numeric)
         here = [(line, name) for line, name in zip(lines, own_labels, strict=True) if line.dataset == dataset]
@@ -226,7 +159,7 @@ def ablation(axis: str, lines: Sequence[Line], metric: str) -> Figure:
         panel.set_xlabel(axis)
         panel.set_ylabel(f"change of mean {metric}")
         panel.grid(color="0.9")
-    _legend(figure, axes)
+    add_legend(figure, axes)
     return figure
 
 
@@ -301,20 +234,21 @@ def heat_map(pair: tuple[str, str], maps: Sequence[HeatMap], metric: str) -> Fig
     )
     cell = max(0.68, 0.085 * max(map(len, column_labels.values())))
     width = max(3.0, 1.0 + 0.07 * max(map(len, row_labels.values())) + cell * columns)
-    figure, axes = _panels(len(maps), width, 1.4 + 0.36 * max(rows, 2))
+    figure, axes = panels(len(maps), width, 1.4 + 0.36 * max(rows, 2))
     finite = np.concatenate([own.change[~np.isnan(own.change)] for own in maps])
     low, high = min(float(finite.min()), 0.0), max(float(finite.max()), 0.0)
     both = low < 0 < high
-    if both:  # two colours that part at zero; else one
+    if both:  # two colours that part at zero; else one, the lighter the higher
         low, high = -max(-low, high), max(-low, high)
-    colours = matplotlib.colormaps["PuOr_r" if both else "cividis" if high > 0 else "cividis_r"]
+    high = high if high > low else low + 1
+    colours = matplotlib.colormaps["PuOr_r" if both else "cividis"]
     names = [{"dataset": own.dataset, "model": own.model} | own.others for own in maps]
     titles = labels(names, max(20, int(11 * width)))
     for panel, own, title in zip(axes, maps, titles, strict=True):
-        image = panel.imshow(own.change, cmap=colours, vmin=low, vmax=high or 1, aspect="auto")
+        image = panel.imshow(own.change, cmap=colours, vmin=low, vmax=high, aspect="auto")
         for (i, j), value in np.ndenumerate(own.change) if own.change.size <= MOST_WRITTEN_CELLS else ():
             text = "–" if np.isnan(value) else f"{round(value, 3) + 0.0:+.3f}"  # no minus before a zero
-            red, green, blue, _ = colours((value - low) / ((high - low) or 1))
+            red, green, blue, _ = colours((value - low) / (high - low))
             dark = not np.isnan(value) and 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
             panel.text(j, i, text, ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
         panel.set_yticks(range(len(own.rows)), [row_labels[value] for value in own.rows])
@@ -327,107 +261,13 @@ def heat_map(pair: tuple[str, str], maps: Sequence[HeatMap], metric: str) -> Fig
     return figure
 
 
-# --- One run ---------------------------------------------------------------------------------------------------------
-
-
-def before_and_after(run: RunRecord, baseline: str, metric: str) -> Figure:
-    """Each query's metric with the baseline against that with another variant: a panel a variant."""
-    variants = [variant for variant in run.values if variant != baseline]
-    figure, axes = _panels(len(variants), 3.2, 3.4)
-    before = run.values[baseline]
-    low, high = min(0.0, np.nanmin([*run.values.values()])), np.nanmax([*run.values.values()])
-    margin = 0.03 * max(high - low, 0.01)
-    for panel, variant in zip(axes, variants, strict=True):
-        change = run.values[variant] - before
-        counts = []
-        for which, colour, marker, name in (
-            (change > EQUAL, BLUE, "o", "better"),
-            (np.abs(change) <= EQUAL, BLACK, "x", "equal"),
-            (change < -EQUAL, RED, "v", "worse"),
-        ):
-            counts.append(f"{int(which.sum())} {name}")
-            # Queries with the same figures are one mark, larger the more there are.
-            pairs = np.round(np.stack([before[which], run.values[variant][which]], axis=1), 3)
-            marks, times = np.unique(pairs, axis=0, return_counts=True)
-            panel.scatter(*marks.T, s=14 * np.sqrt(times), color=colour, marker=marker, alpha=0.7, linewidths=0.8,
-                          label=name, rasterized=len(marks) > MOST_VECTOR_MARKS)  # fmt: skip
-        panel.set_title(", ".join(counts))
-        panel.plot([0, 1], [0, 1], color="black", linewidth=0.8, transform=panel.transAxes)
-        panel.set_xlim(low - margin, high + margin)
-        panel.set_ylim(low - margin, high + margin)
-        panel.set_box_aspect(1)
-        panel.set_xlabel(f"{metric}, {run.query_name(baseline)}")
-        panel.set_ylabel(f"{metric}, {run.query_name(variant)}")
-        panel.grid(color="0.9")
-    _legend(figure, axes[:1])
-    return figure
-
-
-def separation(of_variants: Mapping[str, Separation]) -> Figure:
-    """Densities of the scores of relevant and of other documents: a panel a variant."""
-    figure, axes = _panels(len(of_variants), 3.2, 2.6, columns=2, sharex=True)
-    for panel, (variant, own) in zip(axes, of_variants.items(), strict=True):
-        edges = own.edges[:: len(own.relevant) // DRAWN_BINS]
-        for counts, colour, line, name in ((own.other, GREY, BLACK, "other"), (own.relevant, BLUE, BLUE, "relevant")):
-            binned = counts.reshape(DRAWN_BINS, -1).sum(axis=1)
-            density = binned / max(binned.sum(), 1) / np.diff(edges)
-            label = f"{name} ({int(counts.sum()):,} pairs)"
-            panel.stairs(density, edges, fill=True, color=(colour, 0.45), label=label)
-            panel.stairs(density, edges, color=line, linewidth=0.9)
-        panel.set_title(f"{VARIANTS[variant]}: AUC {own.auc:.3f}")
-        panel.set_xlabel("cosine of query and document")
-        panel.set_ylabel("density")
-        panel.set_yticks([])
-    _legend(figure, axes[:1])
-    return figure
-
-
-def refinement_steps(of_variants: Mapping[str, Steps], metric: str) -> Figure:
-    """The loss, and the metric, over the steps of refinement."""
-    with_metric = any(own.metric is not None for own in of_variants.values())
-    figure, axes = _panels(1 + with_metric, 3.4, 2.7)
-    for i, (variant, own) in enumerate(of_variants.items()):
-        colour, marker, style = LINES[i]
-        low, middle, high = own.loss
-        axes[0].fill_between(range(len(middle)), low, high, color=colour, alpha=0.2, linewidth=0)
-        axes[0].plot(middle, color=colour, linestyle=style, label=VARIANTS[variant])
-        if own.metric is not None:
-            axes[1].plot(own.steps, own.metric, color=colour, linestyle=style, marker=marker, markersize=3.5)
-    axes[0].set_ylabel("KL(teacher ‖ query), nats")
-    for panel, what in zip(axes, ("loss: median and quartiles", f"mean {metric}"), strict=False):
-        panel.set_title(what)
-        panel.set_xlabel("step")
-        panel.grid(color="0.9")
-    _legend(figure, axes)
-    return figure
-
-
-def teacher_scores(teacher: TeacherScores) -> Figure:
-    """The teacher's scores of relevant documents and of others."""
-    both = np.concatenate([teacher.relevant, teacher.other])
-    figure, (panel,) = _panels(1, 4.6, 2.7)
-    low, high = float(both.min()), float(both.max())
-    edges = np.linspace(low, high, 21) if high > low else np.array([low - 0.5, low + 0.5])
-    middle, width = (edges[:-1] + edges[1:]) / 2, np.diff(edges) * 0.45
-    kinds = ((-0.5, teacher.other, GREY, "other"), (0.5, teacher.relevant, BLUE, "relevant"))
-    for shift, scores, colour, name in kinds:
-        share = np.histogram(scores, edges)[0] / max(len(scores), 1)
-        label = f"{name} ({len(scores):,} documents)"
-        panel.bar(middle + shift * width, share, width, color=colour, label=label)
-    panel.set_xlabel("teacher's score")
-    panel.set_ylabel("share of its kind")
-    panel.grid(axis="y", color="0.9")
-    _legend(figure, [panel])
-    return figure
-
-
 # --- What it took ----------------------------------------------------------------------------------------------------
 
 
 def seconds_by_stage(runs: Sequence[RunRecord], names: Names) -> Figure:
     """Where the time of each run went, a bar a run."""
     seconds = np.array([_grouped_seconds(run.seconds) for run in runs])
-    figure, (panel,) = _panels(1, 8.5, 1.1 + 0.24 * len(runs))
+    figure, (panel,) = panels(1, 8.5, 1.1 + 0.24 * len(runs))
     start = np.zeros(len(runs))
     for name, own, (colour, hatch) in zip([*STAGES, "the rest"], seconds.T, STAGE_STYLES, strict=True):
         if own.any():
@@ -436,7 +276,7 @@ def seconds_by_stage(runs: Sequence[RunRecord], names: Names) -> Figure:
         start += own
     _name_runs(panel, runs, names)
     panel.set_xlabel("seconds")
-    _legend(figure, [panel])
+    add_legend(figure, [panel])
     return figure
 
 
@@ -450,7 +290,7 @@ def _grouped_seconds(seconds: Mapping[str, float]) -> list[float]:
 
 def tokens(runs: Sequence[RunRecord], names: Names) -> Figure:
     """Tokens that language models read and wrote for each run, the cache's share apart; the cost where it is known."""
-    figure, (panel,) = _panels(1, 8.5, 1.1 + 0.24 * len(runs))
+    figure, (panel,) = panels(1, 8.5, 1.1 + 0.24 * len(runs))
     kinds = (("input_tokens", "read", BLUE, ""), ("output_tokens", "written", ORANGE, "////"),
              ("cached_input_tokens", "read before, from the cache", GREY, ""),
              ("cached_output_tokens", "written before, from the cache", SKY, "...."))  # fmt: skip
@@ -466,7 +306,7 @@ def tokens(runs: Sequence[RunRecord], names: Names) -> Figure:
     panel.margins(x=0.12)
     _name_runs(panel, runs, names)
     panel.set_xlabel("tokens")
-    _legend(figure, [panel])
+    add_legend(figure, [panel])
     return figure
 
 

@@ -17,11 +17,13 @@ import yaml
 from matplotlib.figure import Figure
 
 import report_figures as draw
+import report_run_figures as draw_run
 from cache_utils import slug
 from report_ablations import Ablations
 from report_axes import Runs
 from report_comparisons import Comparison
 from report_details import RunDetails
+from report_drawing import drawing, save
 from report_runs import RunRecord
 from results import VARIANTS
 
@@ -70,9 +72,9 @@ class PictureBook:
 
     def _add(self, name: str, text: str, make: Callable[[], Figure], cut: str = "", **words: Any) -> Picture:
         """Draw one picture and write its files; ``words`` go into its title and explanation, ``cut`` behind them."""
-        with draw.drawing():
+        with drawing():
             figure = make()
-            self.files += draw.save(figure, self.folder, name)
+            self.files += save(figure, self.folder, name)
         image = "data:image/svg+xml;base64," + base64.b64encode(self.files[-1].read_bytes()).decode()
         words |= {"metric": self.metric, "baseline": VARIANTS[self.baseline]}
         title, how = (self._texts[text][part].format(**words) for part in ("title", "how"))
@@ -112,21 +114,21 @@ class PictureBook:
     def details(self, own: RunDetails, prefix: str) -> list[Picture]:
         """What one run's folder shows beyond its figures."""
         counts = {v: int((~np.isnan(own.run.values[v] + own.run.values[self.baseline])).sum()) for v in own.run.values}
-        make = partial(draw.before_and_after, own.run, self.baseline, self.metric)
+        make = partial(draw_run.before_and_after, own.run, self.baseline, self.metric)
         queries = " or ".join(dict.fromkeys(str(n) for v, n in counts.items() if v != self.baseline))
         pictures = [self._add(f"{prefix}_before_after", "before_after", make, queries=queries)]
         if own.separation:
-            make = partial(draw.separation, own.separation)
+            make = partial(draw_run.separation, own.separation)
             pictures.append(self._add(f"{prefix}_separation", "separation", make, queries=len(own.run.topics)))
         if own.steps:
-            make = partial(draw.refinement_steps, own.steps, self.metric)
+            make = partial(draw_run.refinement_steps, own.steps, self.metric)
             pictures.append(self._add(f"{prefix}_steps", "steps", make, queries=len(own.run.topics)))
         if teacher := own.teacher:
             auc = "not defined" if np.isnan(teacher.auc) else f"{teacher.auc:.3f}"
             words = {"teacher": own.run.setting("teacher"), "variant": own.run.query_name(own.variant), "auc": auc}
             words["documents"] = f"{len(teacher.relevant) + len(teacher.other):,}"
             text = "oracle" if own.run.is_oracle else "teacher"
-            pictures.append(self._add(f"{prefix}_teacher", text, partial(draw.teacher_scores, teacher), **words))
+            pictures.append(self._add(f"{prefix}_teacher", text, partial(draw_run.teacher_scores, teacher), **words))
         return pictures
 
     def price(self) -> list[Picture]:

@@ -29,6 +29,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 from synthetic_runs import made_dataset, write_run
 
+import report_drawing
 import report_figures
 from errors import UserError
 from report import ReportFlags, check_out, in_detail, read_all, read_command
@@ -836,7 +837,7 @@ def test_no_labels_overlap_with_five_models_six_datasets_and_four_variants(tmp_p
     runs = read(tmp_path)
     rows = compare(runs, "embeddings")
     assert len(rows) == 120
-    with report_figures.drawing():
+    with report_drawing.drawing():
         figure = report_figures.bars(rows, lambda run: {"model": run.model} | runs.named(run), "map")
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -861,13 +862,13 @@ def test_no_labels_overlap_with_five_models_six_datasets_and_four_variants(tmp_p
 
 def test_everything_is_told_apart_without_colour():
     for styles in (
-        [(report_figures.COLOURS[variant], report_figures.HATCHES[variant]) for variant in VARIANTS],
+        [(report_drawing.COLOURS[variant], report_drawing.HATCHES[variant]) for variant in VARIANTS],
         report_figures.STAGE_STYLES,
     ):
         for (one, hatch), (other, other_hatch) in itertools.combinations(styles, 2):
             assert hatch != other_hatch or abs(lightness(one) - lightness(other)) > 0.2, (one, other)
-    assert len({(marker, style) for _, marker, style in report_figures.LINES}) == len(report_figures.LINES)
-    assert len({colour for colour, _, _ in report_figures.LINES}) == len(report_figures.LINES)
+    assert len({(marker, style) for _, marker, style in report_drawing.LINES}) == len(report_drawing.LINES)
+    assert len({colour for colour, _, _ in report_drawing.LINES}) == len(report_drawing.LINES)
 
 
 def lightness(colour):
@@ -908,7 +909,7 @@ def test_an_ablation_of_constant_changes_and_of_many_lines_is_drawn(tmp_path):
         damage_summary(path.parent, lambda s, mean=mean: s["means"]["optimized_embeddings"].update(map=mean))
     found = find_ablations(read(tmp_path), "embeddings")
     assert len(found.lines["lr"]) == 9
-    with report_figures.drawing():
+    with report_drawing.drawing():
         FigureCanvasAgg(report_figures.ablation("lr", found.lines["lr"], "map")).draw()
 
 
