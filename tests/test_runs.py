@@ -394,10 +394,10 @@ def test_one_document_and_more_scores_than_documents(tiny_models, tmp_path):
 
 @pytest.fixture(scope="module")
 def long_folder(tmp_path_factory):
-    """Enough text for many shards: 1,500 documents of about 3,000 characters."""
-    documents = {f"d{i}": f"{i} " + " ".join(WORDS[(i * k) % 20] for k in range(1, 600)) for i in range(1500)}
+    """Enough text for several shards: 1,000 documents of about 3,000 characters."""
+    documents = {f"d{i}": f"{i} " + " ".join(WORDS[(i * k) % 20] for k in range(1, 600)) for i in range(1000)}
     queries = {f"q{j}": f"{WORDS[j]} {WORDS[j + 3]}" for j in range(6)}
-    qrels = [(f"q{j}", f"d{i}", 1) for j in range(6) for i in range(j, 1500, 50)]
+    qrels = [(f"q{j}", f"d{i}", 1) for j in range(6) for i in range(j, 1000, 50)]
     return write_folder_dataset(tmp_path_factory.mktemp("long"), documents, queries, qrels)
 
 
@@ -451,8 +451,8 @@ def test_killed_at_many_moments_it_goes_on_and_ends_the_same(long_folder, tiny_m
     assert shards.items() <= shards_of(tmp_path).items()
     assert not list((tmp_path / "output" / "run").glob(".*.tmp"))
     counts = read_json(tmp_path / "output" / "run" / "summary.json")["embedding"]
-    assert counts["cached"] + counts["embedded"] == 1506
-    assert sum(len(np.load(path)) for path in shards_of(tmp_path)) == 1506
+    assert counts["cached"] + counts["embedded"] == 1006
+    assert sum(len(np.load(path)) for path in shards_of(tmp_path)) == 1006
 
 
 def test_ctrl_c_keeps_what_was_finished_and_says_so(long_folder, tiny_models, tmp_path, undisturbed):
@@ -517,7 +517,7 @@ def test_four_processes_fill_one_cache_at_once(long_folder, tiny_models, tmp_pat
         _, stderr = process.communicate()
         assert process.returncode == 0, stderr
     stored = sum(len(np.load(path)) for path in shards_of(tmp_path))
-    assert 1506 <= stored < 4 * 1506  # they shared the work
+    assert 1006 <= stored < 4 * 1006  # they shared the work
     run_script(RUN, *long_flags(long_folder, tiny_models, tmp_path))
     assert read_json(tmp_path / "output" / "run" / "summary.json")["embedding"]["embedded"] == 0
     assert figures(tmp_path / "output" / "run") == expected
