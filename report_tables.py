@@ -182,7 +182,8 @@ def as_latex(table: Table) -> str:
             body.append("\\midrule")
         body.append(_latex_line(line, table.left))
     if len(table.lines) > LONG_TABLE:
-        lines = ["% \\usepackage{booktabs,longtable,pdflscape}", "\\begin{landscape}", "\\footnotesize"]
+        lines = ["% \\usepackage{booktabs,longtable,pdflscape}", "\\begin{landscape}", "\\scriptsize"]
+        lines += ["\\setlength{\\tabcolsep}{2.5pt}", "\\setlength{\\LTcapwidth}{\\linewidth}"]
         lines += [f"\\begin{{longtable}}{columns}", f"{caption}\\\\", *header, "\\endhead", *body]
         return "\n".join([*lines, "\\bottomrule", "\\end{longtable}", "\\end{landscape}", ""])
     lines = ["% \\usepackage{booktabs,graphicx}", "\\begin{table}", "\\centering", caption]
