@@ -13,15 +13,16 @@ import dataclasses
 import itertools
 import logging
 import math
+import os
 import re
 import shlex
 import sys
+import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cache_utils import write_atomically
 from errors import UserError, check_writable, is_folder, run_command
 from experiment_config import (
     NOT_EMPTY,
@@ -98,6 +99,7 @@ def main() -> None:
     out = Path(flags.out)
     check_out(out)
     runs = read_all(paths, flags)
+    mark(out)
     read, left_out = counted(len(runs.records), "run"), counted(len(runs.left_out), "folder")
     logger.info("%s read, %s left out: %.1f s", read, left_out, _since(started))
 
@@ -107,10 +109,10 @@ def main() -> None:
     logger.info("compared: %.1f s", _since(started))
 
     tables = make_tables(found, flags)
-    begin(out, found, flags)
-    files = write_tables(out, tables, found, flags)
-    pictures, missing = write_page(out, tables, found, flags)
-    remove_others(out, {*files, *pictures})
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=out) as folder:  # a report is replaced whole, or not at all
+        write_tables(Path(folder), tables, found, flags)
+        missing = write_page(Path(folder), tables, found, flags)
+        publish(Path(folder), out)
     logger.info("pictures and page written: %.1f s", _since(started))
     say(out, tables, found, missing)
 
@@ -157,21 +159,29 @@ def check_out(out: Path) -> None:
         raise UserError(f"--out: {out} holds something else than a report of this program; choose another folder")
 
 
-def begin(out: Path, found: Findings, flags: ReportFlags) -> None:
-    """Mark the folder as a report's before anything else is written there, and say what it is about."""
-    (out / FIGURES).mkdir(parents=True, exist_ok=True)
-    content = {"made_by": MADE_BY, "command": sys.argv, "flags": dataclasses.asdict(flags), "headline": found.headline}
-    content["runs"] = [str(run.folder) for run in found.runs.records]
-    content["left_out"] = {str(own.folder): own.reason for own in found.runs.left_out}
-    write_json(out / MANIFEST, content)
+def mark(out: Path) -> None:
+    """Make the folder, and mark it as a report's before anything else is written there.
+
+    Raises:
+        UserError: it cannot be made or written.
+    """
+    try:
+        (out / FIGURES).mkdir(parents=True, exist_ok=True)
+        if not (out / MANIFEST).exists():
+            write_json(out / MANIFEST, {"made_by": MADE_BY})
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written ({error.strerror})") from None
 
 
-def remove_others(out: Path, files: Collection[str]) -> None:
-    """Take away what an earlier report left that this one has not; nobody else's files."""
+def publish(made: Path, out: Path) -> None:
+    """Put a whole report into its place; take away what an earlier one had and this one has not, and no other files."""
+    files = [path.relative_to(made) for path in sorted(made.rglob("*")) if path.is_file()]
+    for name in files:
+        os.replace(made / name, out / name)
     for path in (*out.iterdir(), *(out / FIGURES).iterdir()):
-        name = str(path.relative_to(out))
-        if name not in files and OWN_FILES.fullmatch(name) and path.is_file():
-            path.unlink()
+        name = path.relative_to(out)
+        if name not in files and OWN_FILES.fullmatch(str(name)) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def read_all(paths: Sequence[Path], flags: ReportFlags) -> Runs:
@@ -205,8 +215,8 @@ def make_tables(found: Findings, flags: ReportFlags) -> dict[str, Table]:
     return tables
 
 
-def write_tables(out: Path, tables: dict[str, Table], found: Findings, flags: ReportFlags) -> list[str]:
-    """Write each table in all forms; returns the files' names."""
+def write_tables(out: Path, tables: dict[str, Table], found: Findings, flags: ReportFlags) -> None:
+    """Write each table in all forms, and what the report is about."""
     texts = {}
     for name, table in tables.items():
         texts |= {f"{name}.txt": as_text(table), f"{name}.md": as_markdown(table), f"{name}.tex": as_latex(table)}
@@ -214,21 +224,17 @@ def write_tables(out: Path, tables: dict[str, Table], found: Findings, flags: Re
     if "averages" in tables:
         texts["averages.csv"] = averages_csv(found.averages, found.runs)
     for name, text in texts.items():
-        write_text(out / name, text)
-    return list(texts)
+        (out / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    content = {"made_by": MADE_BY, "command": sys.argv, "flags": dataclasses.asdict(flags), "headline": found.headline}
+    content["runs"] = [str(run.folder) for run in found.runs.records]
+    content["left_out"] = {str(own.folder): own.reason for own in found.runs.left_out}
+    write_json(out / MANIFEST, content)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
-    content = text.encode("utf-8", "surrogateescape")
-    write_atomically(path, lambda file: file.write(content))
-
-
-def write_page(
-    out: Path, tables: dict[str, Table], found: Findings, flags: ReportFlags
-) -> tuple[list[str], list[str]]:
-    """Draw all pictures, write the page; returns the files' names, and what could not be shown."""
+def write_page(out: Path, tables: dict[str, Table], found: Findings, flags: ReportFlags) -> list[str]:
+    """Draw all pictures, write the page; returns what could not be shown."""
     runs = found.runs
+    (out / FIGURES).mkdir()
     book = PictureBook(out / FIGURES, runs, flags.metric, flags.baseline)
     page: dict[str, Any] = {"main": tables["main_table"], "averages": tables.get("averages")}
     page |= {"bars": book.bars(found.rows), "ablations": book.ablations(found.ablations)}
@@ -249,7 +255,7 @@ def write_page(
         not_averaged=found.averages.refused,
         refused=found.ablations.refused,
         how_chosen=f"{len(page['details'])} of {counted(len(runs.records), 'run')}: of each dataset in turn the one "
-        "with the largest change, then the one with the smallest, and so on; an oracle's behind real teachers'. "
+        "with the largest change, then the one with the smallest, and so on; those with an oracle come last. "
         "--details N shows more.",
         price=book.price(),
         price_sentences=[] if usage_table(runs) else ["No language model was asked by these runs."],
@@ -257,9 +263,8 @@ def write_page(
         described=[described_run(run, run_name(run, runs)) for run in runs.records],
         left_out=runs.left_out,
     )
-    write_text(out / PAGE, html)
-    missing = [f"{own.name}: {line}" for own in page["details"] for line in own.details.missing]
-    return [*(str(path.relative_to(out)) for path in book.files), PAGE], missing
+    (out / PAGE).write_text(html, encoding="utf-8")
+    return [f"{own.name}: {line}" for own in page["details"] for line in own.details.missing]
 
 
 def run_name(run: RunRecord, runs: Runs) -> str:

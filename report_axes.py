@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiment_config import ExperimentConfig, short_hash
+from experiment_config import ExperimentConfig
 from report_runs import LeftOut, RunRecord
 from results import VARIANTS, variant_files
 
@@ -44,15 +44,16 @@ class Runs:
 
     Attributes:
         records: by dataset, model and settings.
-        axes: the settings that vary across the runs: those of the embedding first, then in the order of the flags.
+        axes: the settings that vary across the runs: those of the embedding first, those of HyDE last, else in the
+            order of the flags.
         left_out: and why.
-        twice: datasets that are there under one name with different contents, and what they are called here.
+        notes: what else people should know of the datasets, a sentence each.
     """
 
     records: list[RunRecord]
     axes: tuple[str, ...]
     left_out: list[LeftOut]
-    twice: dict[str, list[str]]
+    notes: list[str]
 
     def axes_of(self, *variants: str) -> list[str]:
         """The axes that at least one of these variants depends on."""
@@ -115,12 +116,21 @@ def comparable(records: Sequence[RunRecord], left_out: Sequence[LeftOut], baseli
     kept = _with_same_topics(kept, left_out)
     axes = _axes(kept)
     kept.sort(key=lambda record: _order(record, axes))
-    twice: dict[str, list[str]] = {}
-    for record in kept:
-        names = twice.setdefault(record.config["dataset"]["name"], [])
-        if record.dataset not in names:
-            names.append(record.dataset)
-    return Runs(kept, axes, left_out, {name: own for name, own in twice.items() if len(own) > 1})
+    return Runs(kept, axes, left_out, _of_datasets(kept))
+
+
+def _of_datasets(records: Sequence[RunRecord]) -> list[str]:
+    """Sentences on different data under one name, and the same data under different ones."""
+    pairs = dict.fromkeys((record.dataset, record.facts["dataset"]) for record in records)
+    notes = []
+    for name, _ in pairs:
+        if name.endswith("]") and sum(own.startswith(name[: -len("[012345]")]) for own, _ in pairs) > 1:
+            notes.append(f"{name}: there are other data of this name; the letters begin its fingerprint.")
+    for identity in dict.fromkeys(identity for _, identity in pairs):
+        names = [name for name, own in pairs if own == identity]
+        if len(names) > 1:
+            notes.append(f"{' and '.join(names)} hold the same data, which so counts more than once.")
+    return notes
 
 
 def _latest(own: Sequence[RunRecord], left_out: list[LeftOut]) -> list[RunRecord]:
@@ -155,7 +165,7 @@ def _axes(records: Sequence[RunRecord]) -> tuple[str, ...]:
         axes = [name for name in axes if name != "scores_from_top"]
     if len({own.settings[SEED] for own in records if draws(own)}) < 2:
         axes = [name for name in axes if name != SEED]
-    return tuple(sorted(axes, key=lambda name: name not in OF_EMBEDDING))
+    return tuple(sorted(axes, key=lambda name: (name in OF_HYDE, name not in OF_EMBEDDING)))
 
 
 def different_facts(
@@ -195,7 +205,7 @@ def _short_names(records: Sequence[RunRecord]) -> list[RunRecord]:
     ]
 
 
-def _names(things: Iterable[tuple[str, Any]]) -> Mapping[tuple[str, Any], str]:
+def _names(things: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], str]:
     things = set(things)
     last = {name: name.rstrip("/").rsplit("/", 1)[-1] for name, _ in things}
     times = collections.Counter(name for name, _ in things)
@@ -203,7 +213,7 @@ def _names(things: Iterable[tuple[str, Any]]) -> Mapping[tuple[str, Any], str]:
     names = {}
     for name, identity in things:
         short = last[name] if times_last[last[name]] == 1 else name
-        names[name, identity] = f"{short} [{short_hash(identity)[:6]}]" if times[name] > 1 else short
+        names[name, identity] = f"{short} [{identity[:6]}]" if times[name] > 1 else short
     return names
 
 

@@ -13,11 +13,10 @@ import numpy as np
 
 from report_axes import Runs
 from report_runs import RunRecord
-from report_words import counted
+from report_words import NOTHING, counted
 from significance import bootstrap_interval, borda_points, holm, randomisation_test, resamples_for
 
 ALPHA = 0.05
-EQUAL = 5e-7  # result files have six digits
 MOST_REASONS = 20  # why systems have no average
 
 
@@ -63,7 +62,7 @@ class Comparison:
     @property
     def direction(self) -> int:
         """1 where the mean is higher than the baseline's, -1 where it is lower, 0 where it is the same."""
-        return int(self.change > EQUAL) - int(self.change < -EQUAL)
+        return int(self.change > NOTHING) - int(self.change < -NOTHING)
 
     @property
     def significant(self) -> bool:
@@ -163,7 +162,7 @@ def _fill_in(rows: Sequence[Comparison], baseline: str, resamples: int) -> None:
             row.change = float(known.mean())
             earlier = row.mean - row.change
             row.relative = row.change / earlier if earlier > 0 else math.nan
-            row.better, row.worse = int((known > EQUAL).sum()), int((known < -EQUAL).sum())
+            row.better, row.worse = int((known > NOTHING).sum()), int((known < -NOTHING).sum())
             row.equal = len(known) - row.better - row.worse
 
 
@@ -176,12 +175,8 @@ def average(runs: Runs, baseline: str) -> Averages:
     On each dataset those topics count that all these systems have.
     """
     datasets = list(dict.fromkeys(run.dataset for run in runs.records))
-    result = Averages()
-    if len(datasets) < 2:
-        return result
-    if runs.twice:
-        result.refused = [f"{name} is there with different contents, as {', '.join(own)}" for name, own in
-                          runs.twice.items()]  # fmt: skip
+    result = Averages(refused=_names_of_several(runs))
+    if len(datasets) < 2 or result.refused:
         return result
     systems: dict[tuple, dict[str, RunRecord]] = {}
     for run in runs.records:
@@ -216,6 +211,15 @@ def average(runs: Runs, baseline: str) -> Averages:
     return result
 
 
+def _names_of_several(runs: Runs) -> list[str]:
+    """A line for each name under which there are different data: an average would count them as two datasets."""
+    fingerprints: dict[str, set[str]] = {}
+    for run in runs.records:
+        fingerprints.setdefault(run.config["dataset"]["name"], set()).add(run.facts["dataset"])
+    twice = [name for name, own in fingerprints.items() if len(own) > 1]
+    return [f"{name} is there with different contents; report on one of them at a time" for name in twice]
+
+
 def _why_no_average(system: tuple, systems: dict[tuple, dict[str, RunRecord]], runs: Runs) -> str:
     """A line for a system that some dataset lacks: which, and what the model's runs there differ in."""
     model, settings, query, variant = system
@@ -223,7 +227,7 @@ def _why_no_average(system: tuple, systems: dict[tuple, dict[str, RunRecord]], r
     alike = [own for own in systems if own[0] == model and own[-1] == variant]
     elsewhere = [own for own in alike if set(missing) & systems[own].keys()]
     differ = [
-        f"{axis} ({settings[i]} here, {', '.join(sorted({own[1][i] for own in elsewhere}))} there)"
+        f"{axis} (here {settings[i]}; there {' or '.join(sorted({own[1][i] for own in elsewhere}))})"
         for i, axis in enumerate(runs.axes)
         if elsewhere and all(own[1][i] != settings[i] for own in elsewhere)
     ]

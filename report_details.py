@@ -146,15 +146,15 @@ class RunDetails:
 def read_details(run: RunRecord, baseline: str, metric: str) -> RunDetails:
     """Read what a run's folder tells beyond its figures; what is damaged is missing, and said to be."""
     variant = closest_variant(run, baseline)
-    missing: list[str] = []
+    why_not: dict[str, list[str]] = {}
 
     def part(what: str, read: Callable[[], Any]) -> Any:
         try:
             return read()
         except Damaged as error:
-            missing.append(f"{what}: {error}")
-        except (pa.ArrowException, *MALFORMED) as error:  # a file that is whole, and not what runs write
-            missing.append(f"{what}: its file holds something else than runs write ({type(error).__name__})")
+            why_not.setdefault(str(error), []).append(what)
+        except (pa.ArrowException, *MALFORMED):  # a file that is whole, and not what runs write
+            why_not.setdefault("raw scores or tensors hold something else than runs write", []).append(what)
         return None
 
     separation = part("separation", partial(read_separation, run)) or {}
@@ -164,8 +164,9 @@ def read_details(run: RunRecord, baseline: str, metric: str) -> RunDetails:
     steps = {own: part("steps", partial(read_steps, run.folder / variant_files(own)[2], metric)) for own in refined}
     config = read_json(run.folder / "config.json")
     if any(config.get(name) != run.config.get(name) for name in ("hash", "started", "status")):
-        return RunDetails(run, variant, {}, None, [], [], {}, True, ["all of it: the run was made again meanwhile"])
+        return RunDetails(run, variant, {}, None, [], [], {}, True, ["all of it (the run was made again meanwhile)"])
     steps = {own: found for own, found in steps.items() if found is not None}
+    missing = [f"{', '.join(parts)} ({reason})" for reason, parts in why_not.items()]
     return RunDetails(run, variant, separation, teacher, helped, hurt, steps, bool(refined), missing)
 
 

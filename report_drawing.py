@@ -52,12 +52,12 @@ def drawing() -> Iterator[None]:
         yield
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write ``name`` with .png and with .svg, returned in this order; the same figure gives the same bytes."""
+def save(figure: Figure, folder: Path, name: str) -> Path:
+    """Write ``name`` with .png and with .svg; the same figure gives the same bytes. Returns the SVG's path."""
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
     figure.savefig(png, dpi=DPI, metadata={"Software": None})
     figure.savefig(svg, metadata={"Date": None})
-    return [png, svg]
+    return svg
 
 
 def panels(count: int, width: float, height: float, columns: int = 3, **options: Any) -> tuple[Figure, list[Any]]:

@@ -31,10 +31,10 @@ from report_drawing import (
     panels,
 )  # fmt: skip
 from report_runs import RunRecord
-from report_words import clip, labels, shown
+from report_words import NOTHING, clip, labels, shown
 from results import VARIANTS
 
-LONGEST_LABEL = 44
+LONGEST_LABEL = 60
 MOST_SYSTEMS, MOST_PANELS = 12, 9
 MOST_WHISKERS = 8  # on a line; with more points a band shows the intervals
 MOST_WRITTEN_CELLS = 400  # of a heat map
@@ -168,13 +168,17 @@ def _name(line: Line) -> dict[str, str]:
 
 
 def drawn_lines(lines: Sequence[Line]) -> list[Line]:
-    """All lines, or, where there are too many, those of the refined queries; of these the first few."""
-    refined = [line for line in lines if line.variant == "optimized_embeddings"]
-    for own in (lines, refined or lines):
-        names = list(dict.fromkeys(tuple(_name(line).items()) for line in own))
-        if len(names) <= len(LINES):
+    """All lines, or, where there are too many, of those of the refined queries the ones with the largest changes."""
+    refined = [line for line in lines if line.variant == "optimized_embeddings"] or lines
+    for own in (lines, refined):
+        if len({tuple(_name(line).items()) for line in own}) <= len(LINES):
             return list(own)
-    return [line for line in own if tuple(_name(line).items()) in names[: len(LINES)]]
+    largest: dict[System, float] = {}
+    for line in refined:
+        name = tuple(_name(line).items())
+        largest[name] = max(largest.get(name, 0.0), float(np.abs(line.change).max()))
+    chosen = sorted(largest, key=lambda name: -largest[name])[: len(LINES)]
+    return [line for line in refined if tuple(_name(line).items()) in chosen]
 
 
 def _looks(lines: Sequence[Line], own_labels: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -247,7 +251,7 @@ def heat_map(pair: tuple[str, str], maps: Sequence[HeatMap], metric: str) -> Fig
     for panel, own, title in zip(axes, maps, titles, strict=True):
         image = panel.imshow(own.change, cmap=colours, vmin=low, vmax=high, aspect="auto")
         for (i, j), value in np.ndenumerate(own.change) if own.change.size <= MOST_WRITTEN_CELLS else ():
-            text = "–" if np.isnan(value) else f"{round(value, 3) + 0.0:+.3f}"  # no minus before a zero
+            text = "–" if np.isnan(value) else "0" if abs(value) < NOTHING else f"{value:+.3f}"
             red, green, blue, _ = colours((value - low) / (high - low))
             dark = not np.isnan(value) and 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
             panel.text(j, i, text, ha="center", va="center", fontsize=7.5, color="white" if dark else "black")
@@ -311,7 +315,7 @@ def tokens(runs: Sequence[RunRecord], names: Names) -> Figure:
 
 
 def _name_runs(panel: Any, runs: Sequence[RunRecord], names: Names) -> None:
-    panel.set_yticks(range(len(runs)), labels([{"dataset": run.dataset} | names(run) for run in runs], 50))
+    panel.set_yticks(range(len(runs)), labels([{"dataset": run.dataset} | names(run) for run in runs], 72))
     panel.set_ylim(len(runs) - 0.5, -0.5)
     panel.tick_params(axis="y", length=0)
     panel.grid(axis="x", color="0.9")

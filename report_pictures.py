@@ -60,22 +60,18 @@ class PictureBook:
         runs: what the report is about.
         metric: the figure that is compared.
         baseline: the variant that others are compared with.
-
-    Attributes:
-        files: what was written.
     """
 
     def __init__(self, folder: Path, runs: Runs, metric: str, baseline: str) -> None:
         self.folder, self.runs, self.metric, self.baseline = folder, runs, metric, baseline
-        self.files: list[Path] = []
         self._texts = yaml.safe_load(TEXTS.read_text(encoding="utf-8"))
 
     def _add(self, name: str, text: str, make: Callable[[], Figure], cut: str = "", **words: Any) -> Picture:
         """Draw one picture and write its files; ``words`` go into its title and explanation, ``cut`` behind them."""
         with drawing():
             figure = make()
-            self.files += save(figure, self.folder, name)
-        image = "data:image/svg+xml;base64," + base64.b64encode(self.files[-1].read_bytes()).decode()
+            svg = save(figure, self.folder, name)
+        image = "data:image/svg+xml;base64," + base64.b64encode(svg.read_bytes()).decode()
         words |= {"metric": self.metric, "baseline": VARIANTS[self.baseline]}
         title, how = (self._texts[text][part].format(**words) for part in ("title", "how"))
         width, height = (round(PIXELS_AN_INCH * inches) for inches in figure.get_size_inches())
@@ -97,7 +93,8 @@ class PictureBook:
         pictures = []
         for axis, lines in found.lines.items():
             drawn = draw.drawn_lines(lines)
-            cut = _cut(len(lines), len(drawn), "lines")
+            cut = _cut(len(lines), len(drawn), "lines, of the refined queries those with the largest changes")
+            cut += " Where scores_from_top was not given, it follows total_scores." if axis == "total_scores" else ""
             cut += _cut(len({own.dataset for own in drawn}), draw.MOST_PANELS, "datasets")
             words = {"axis": axis, "points": sum(len(line.values) for line in drawn)}
             words["variant"] = " or ".join(dict.fromkeys(line.query for line in drawn))
@@ -106,7 +103,8 @@ class PictureBook:
         for pair, maps in found.heat_maps.items():
             cut = _cut(len(maps), draw.MOST_PANELS, "panels")
             counts = ", ".join(dict.fromkeys(f"{own.queries} on {own.dataset}" for own in maps[: draw.MOST_PANELS]))
-            words = {"axis": " and ".join(pair), "variant": maps[0].query, "queries": counts}
+            queries = " or ".join(dict.fromkeys(own.query for own in maps))
+            words = {"axis": " and ".join(pair), "variant": queries, "queries": counts}
             make = partial(draw.heat_map, pair, maps, self.metric)
             pictures.append(self._add("_".join(["heat_map", *map(slug, pair)]), "heat_map", make, cut, **words))
         return pictures
@@ -118,10 +116,10 @@ class PictureBook:
         queries = " or ".join(dict.fromkeys(str(n) for v, n in counts.items() if v != self.baseline))
         pictures = [self._add(f"{prefix}_before_after", "before_after", make, queries=queries)]
         if own.separation:
-            make = partial(draw_run.separation, own.separation)
+            make = partial(draw_run.separation, own.run, own.separation)
             pictures.append(self._add(f"{prefix}_separation", "separation", make, queries=len(own.run.topics)))
         if own.steps:
-            make = partial(draw_run.refinement_steps, own.steps, self.metric)
+            make = partial(draw_run.refinement_steps, own.run, own.steps, self.metric)
             pictures.append(self._add(f"{prefix}_steps", "steps", make, queries=len(own.run.topics)))
         if teacher := own.teacher:
             auc = "not defined" if np.isnan(teacher.auc) else f"{teacher.auc:.3f}"

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from report_comparisons import EQUAL
 from report_details import Separation, Steps, TeacherScores
-from report_drawing import BLACK, BLUE, GREY, LINES, RED, add_legend, panels
+from report_drawing import BLACK, BLUE, COLOURS, GREY, LINES, RED, add_legend, panels
 from report_runs import RunRecord
-from results import VARIANTS
+from report_words import NOTHING
 
 DRAWN_BINS = 64
 MOST_VECTOR_MARKS = 2000  # of a scatter plot; more are stored as an image
@@ -28,9 +27,9 @@ def before_and_after(run: RunRecord, baseline: str, metric: str) -> Figure:
         change = run.values[variant] - before
         counts = []
         for which, colour, marker, name in (
-            (change > EQUAL, BLUE, "o", "better"),
-            (np.abs(change) <= EQUAL, BLACK, "x", "equal"),
-            (change < -EQUAL, RED, "v", "worse"),
+            (change > NOTHING, BLUE, "o", "better"),
+            (np.abs(change) <= NOTHING, BLACK, "x", "equal"),
+            (change < -NOTHING, RED, "v", "worse"),
         ):
             counts.append(f"{int(which.sum())} {name}")
             # Queries with the same figures are one mark, larger the more there are.
@@ -50,7 +49,7 @@ def before_and_after(run: RunRecord, baseline: str, metric: str) -> Figure:
     return figure
 
 
-def separation(of_variants: Mapping[str, Separation]) -> Figure:
+def separation(run: RunRecord, of_variants: Mapping[str, Separation]) -> Figure:
     """Densities of the scores of relevant and of other documents: a panel a variant."""
     figure, axes = panels(len(of_variants), 3.2, 2.6, columns=2, sharex=True)
     for panel, (variant, own) in zip(axes, of_variants.items(), strict=True):
@@ -61,7 +60,7 @@ def separation(of_variants: Mapping[str, Separation]) -> Figure:
             label = f"{name} ({int(counts.sum()):,} pairs)"
             panel.stairs(density, edges, fill=True, color=(colour, 0.45), label=label)
             panel.stairs(density, edges, color=line, linewidth=0.9)
-        panel.set_title(f"{VARIANTS[variant]}: AUC {own.auc:.3f}")
+        panel.set_title(f"{run.query_name(variant)}: AUC {own.auc:.3f}")
         panel.set_xlabel("cosine of query and document")
         panel.set_ylabel("density")
         panel.set_yticks([])
@@ -69,15 +68,16 @@ def separation(of_variants: Mapping[str, Separation]) -> Figure:
     return figure
 
 
-def refinement_steps(of_variants: Mapping[str, Steps], metric: str) -> Figure:
+def refinement_steps(run: RunRecord, of_variants: Mapping[str, Steps], metric: str) -> Figure:
     """The loss, and the metric, over the steps of refinement."""
     with_metric = any(own.metric is not None for own in of_variants.values())
     figure, axes = panels(1 + with_metric, 3.4, 2.7)
     for i, (variant, own) in enumerate(of_variants.items()):
-        colour, marker, style = LINES[i]
+        _, marker, style = LINES[i]
+        colour = COLOURS.get(variant, BLACK)
         low, middle, high = own.loss
         axes[0].fill_between(range(len(middle)), low, high, color=colour, alpha=0.2, linewidth=0)
-        axes[0].plot(middle, color=colour, linestyle=style, label=VARIANTS[variant])
+        axes[0].plot(middle, color=colour, linestyle=style, label=run.query_name(variant))
         if own.metric is not None:
             axes[1].plot(own.steps, own.metric, color=colour, linestyle=style, marker=marker, markersize=3.5)
     axes[0].set_ylabel("KL(teacher ‖ query), nats")

@@ -140,7 +140,7 @@ def _is_run(folder: Path, files: Sequence[str]) -> bool:
 
 
 def _listed(path: Path) -> Iterator[Path]:
-    """The folders of a grid's summary; relative to where the grid was run, or else beside the summary."""
+    """The folders of a grid's summary: beside it, or else where the grid was run."""
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         try:
             names = [row["folder"] for row in csv.DictReader(file, restval="")]
@@ -148,7 +148,7 @@ def _listed(path: Path) -> Iterator[Path]:
             raise UserError(f"{path}: has no column 'folder'; expected the _grid.csv of run_experiments.py") from None
     for name in filter(None, names):  # a torn line has none
         beside = path.parent / Path(name).name
-        yield Path(name) if Path(name).is_dir() or not beside.is_dir() else beside
+        yield beside if beside.is_dir() else Path(name)
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -254,11 +254,11 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = {"teacher": f"{teacher['name']} ({mode})" if mode in ("yes_no", "verbalized") else teacher["name"]}
     for field in fields(ExperimentConfig):
         if field.metadata["changes_results"] and field.name not in NAMED_APART:
-            settings[field.name] = flags.get(field.name, field.default)  # a flag younger than the run
+            settings[field.name] = value = flags.get(field.name, field.default)  # a flag younger than the run
+            kinds = {float: float | int, type(None): str | None}.get(type(field.default), type(field.default))
+            _check_kinds([value], kinds)
     settings["embedder_dtype"] = config["model"]["dtype"]
     settings["instruction_templates"] = Path(settings["instruction_templates"]).name
-    for name in ("total_scores", "scores_from_top", "random_seed"):
-        settings[name] = int(settings[name])
     return settings
 
 

@@ -80,23 +80,21 @@ def _notes(rows: Sequence[Comparison], runs: Runs, baseline: str, metric: str) -
     tested = [row for row in rows if not math.isnan(row.p)]
     resamples = resamples_for(len(tested), ALPHA)
     notes = [
-        f"n: queries with a figure. {metric}: mean over them. change: against the {VARIANTS[baseline]} query of the "
-        "same run, with its 95 % bootstrap interval over queries in pairs, which is for each row alone.",
+        f"n: queries that have the metric. {metric}: mean over them. change: against the {VARIANTS[baseline]} query of "
+        "the same run, with its 95 % bootstrap interval over queries in pairs, not corrected for the number of rows.",
         f"p: paired randomisation test, two-sided, up to {resamples:,} random sign patterns; Holm: corrected for the "
         f"{counted(len(tested), 'test')} of this table; {UP}, {DOWN}: corrected p below {ALPHA}.",
     ]
     needed = math.ceil(1 + math.log2(len(tested) / ALPHA)) if tested else 0
     if any(row.queries < needed for row in tested):
-        notes.append(f"Rows of fewer than {needed} queries can hardly get a corrected p below {ALPHA}: too few.")
+        notes.append(f"With fewer than {needed} queries even the clearest row hardly gets below {ALPHA} here.")
     if len(tested) >= ALPHA * resamples:
         notes.append("With so many tests no corrected p can be below the limit: report on fewer runs at once.")
     if any(row.query != VARIANTS[row.variant] for row in rows):
         notes.append("(oracle): the teacher was the gold labels, which no real teacher equals.")
     if any(ANY in runs.settings(row.run, row.variant, baseline) for row in rows):
         notes.append(f"{ANY}: the query does not depend on this setting.")
-    for name, own in runs.twice.items():
-        notes.append(f"{' and '.join(own)}: different contents under the name {name}; taken as different datasets.")
-    return [one_line(note) for note in notes]
+    return [one_line(note) for note in (*notes, *runs.notes)]
 
 
 def averages_table(averages: Averages, runs: Runs, metric: str) -> Table:
@@ -174,21 +172,22 @@ LATEX = {
 def as_latex(table: Table) -> str:
     """A table for a paper; needs the packages that its first line names."""
     columns = f"{{{'l' * table.left}{'r' * (len(table.header) - table.left)}}}"
-    caption = f"\\caption{{{_latex(table.title)}. {_latex(' '.join(table.notes))}}}"
-    header = ["\\toprule", _latex_line(table.header, table.left)]
+    header = ["\\toprule", _latex_line(table.header, table.left), "\\midrule"]
     body = []
     for i, line in enumerate(table.lines):
-        if i in table.starts:
+        if i and i in table.starts:
             body.append("\\midrule")
         body.append(_latex_line(line, table.left))
+    caption = f"\\caption{{{_latex(table.title)}}}"
+    notes = ["\\par\\smallskip", f"{{\\footnotesize {_latex(' '.join(table.notes))}\\par}}"]
     if len(table.lines) > LONG_TABLE:
         lines = ["% \\usepackage{booktabs,longtable,pdflscape}", "\\begin{landscape}", "\\scriptsize"]
         lines += ["\\setlength{\\tabcolsep}{2.5pt}", "\\setlength{\\LTcapwidth}{\\linewidth}"]
-        lines += [f"\\begin{{longtable}}{columns}", f"{caption}\\\\", *header, "\\endhead", *body]
-        return "\n".join([*lines, "\\bottomrule", "\\end{longtable}", "\\end{landscape}", ""])
+        lines += [f"\\begin{{longtable}}{columns}", f"{caption}\\\\", *header, "\\endfirsthead", *header, "\\endhead"]
+        return "\n".join([*lines, *body, "\\bottomrule", "\\end{longtable}", *notes, "\\end{landscape}", ""])
     lines = ["% \\usepackage{booktabs,graphicx}", "\\begin{table}", "\\centering", caption]
-    lines += ["\\resizebox{\\textwidth}{!}{%", f"\\begin{{tabular}}{columns}", *header, *body]
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}}", "\\end{table}", ""])
+    lines += ["\\resizebox{\\textwidth}{!}{%", f"\\begin{{tabular}}{columns}", *header, *body, "\\bottomrule"]
+    return "\n".join([*lines, "\\end{tabular}}", *notes, "\\end{table}", ""])
 
 
 def _latex(text: str) -> str:
@@ -203,18 +202,17 @@ def _latex_line(cells: Sequence[str], left: int) -> str:
 
 
 MAIN_COLUMNS = ("queries", "mean", "mean_low", "mean_high", "change", "change_low", "change_high", "relative_change",
-                "better", "equal", "worse", "p", "p_holm", "significant", "folder")  # fmt: skip
+                "better", "equal", "worse", "p", "p_holm", "significant", "runs", "folder")  # fmt: skip
 
 
 def main_csv(rows: Sequence[Comparison], runs: Runs, baseline: str, metric: str) -> str:
-    """The main table for programs: a line for each run and variant, full precision, empty cells for nothing."""
-    teacher = [] if "teacher" in runs.axes else ["teacher"]
-    lines = [["dataset", "embedding_model", *runs.axes, *teacher, "variant", "baseline", "metric", *MAIN_COLUMNS]]
-    places = {id(run): place for place, run in enumerate(runs.records)}
-    of_runs = [(run, row) for row in rows for run in row.runs]
-    for run, row in sorted(of_runs, key=lambda own: places[id(own[0])]):
-        lines.append([run.dataset, run.model, *(run.setting(axis) for axis in (*runs.axes, *teacher)), row.variant])
-        lines[-1] += [baseline, metric, *_figures(row), str(run.folder)]
+    """The main table for programs: full precision, empty cells for settings that do not matter and for nothing."""
+    lines: list[list[object]] = [["dataset", "embedding_model", *runs.axes, "variant", "query", "baseline", "metric"]]
+    lines[0] += MAIN_COLUMNS
+    for row in rows:
+        settings = ["" if own == ANY else own for own in runs.settings(row.run, row.variant, baseline)]
+        lines.append([row.run.dataset, row.run.model, *settings, row.variant, row.query, baseline, metric])
+        lines[-1] += [*_figures(row), len(row.runs), str(row.run.folder)]
     return _csv(lines)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 SHORTEST_NAME, SHORTEST_VALUE = 6, 12  # of the parts of a label that must be cut
 BARE = ("dataset", "model", "query")
+NOTHING = 5e-7  # result files have six digits
 UP, DOWN = "* better", "* worse"
 
 
@@ -35,8 +36,9 @@ def clip(text: str, longest: int) -> str:
 def labels(names: Sequence[Mapping[str, str]], longest: int) -> list[str]:
     """Short labels that tell things apart.
 
-    Of a name only those parts stand in the labels that are needed to tell all of them apart; where a label is too long
-    all the same, names of settings are cut, then values; and where two would then look the same, they are numbered.
+    Of several names only those parts stand in the labels that are needed to tell all of them apart; where a label is
+    too long all the same, names of settings are cut, then values; and where two would then look the same, they are
+    numbered.
 
     Args:
         names: of each thing, values by setting; those of ``BARE`` stand there without their setting's name.
@@ -46,7 +48,8 @@ def labels(names: Sequence[Mapping[str, str]], longest: int) -> list[str]:
     needed = list(dict.fromkeys(key for name in names for key in name))
     for key in sorted(reversed(needed), key=lambda key: key in BARE):  # settings go first, the last of them foremost
         fewer = [other for other in needed if other != key]
-        if fewer and len({tuple(dict(own).get(other) for other in fewer) for own in there_are}) == len(there_are):
+        told_apart = len({tuple(dict(own).get(other) for other in fewer) for own in there_are}) == len(there_are)
+        if len(there_are) > 1 and fewer and told_apart:
             needed = fewer
     found: dict[tuple, str] = {}
     taken: dict[str, int] = {}
@@ -80,13 +83,13 @@ def number(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """Four digits with a sign; a zero has no minus."""
-    return "-" if math.isnan(value) else f"{round(value, 4) + 0.0:+.4f}"
+    """Four digits with a sign, unless it is nothing."""
+    return "-" if math.isnan(value) else "0.0000" if abs(value) < NOTHING else f"{value:+.4f}"
 
 
 def percent(value: float) -> str:
     """A share as a percentage with a sign."""
-    return "-" if math.isnan(value) else f"{round(100 * value, 1) + 0.0:+.1f}"
+    return "-" if math.isnan(value) else "0.0" if abs(value) < NOTHING else f"{100 * value:+.1f}"
 
 
 def p_value(value: float) -> str:

@@ -6,7 +6,7 @@ with all of them. The seed is fixed, so that the same figures give the same answ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -18,6 +18,7 @@ RESAMPLES_A_TEST = 50  # how much finer than Holm's smallest threshold a p-value
 MOST_DRAWS = 1 << 28  # resamples × queries: with very many queries fewer resamples do
 CHUNK_CELLS = 1 << 22  # resamples × queries, or × columns, held at once: 32 MiB
 CHUNK_COLUMNS = 256
+MOST_EXACT = 14  # differences whose 2^14 patterns of signs are all gone through
 
 
 def resamples_for(tests: int, alpha: float = 0.05) -> int:
@@ -34,8 +35,9 @@ def randomisation_test(differences: np.ndarray, resamples: int = LEAST_RESAMPLES
     """Two-sided p of the paired randomisation test: how often random signs alone give as large a mean difference.
 
     Under the null hypothesis either system could have had either figure of a query, so each difference's sign is a
-    coin toss (Fisher 1935; for retrieval: Smucker, Allan and Carterette 2007). All sign patterns are gone through where
-    there are no more than ``resamples + 1``; else ``p = (1 + as large) / (1 + resamples)``, which is never 0.
+    coin toss (Fisher 1935; for retrieval: Smucker, Allan and Carterette 2007). All sign patterns of
+    the differences that are not 0 are gone through where they are few; else ``p = (1 + as large) / (1 + resamples)``,
+    which is never 0.
 
     Args:
         differences: float64 [n, C], a row a query, a column a comparison; NaN where a comparison lacks the query.
@@ -45,21 +47,31 @@ def randomisation_test(differences: np.ndarray, resamples: int = LEAST_RESAMPLES
         float64 [C], NaN for fewer than two queries.
     """
     n, n_columns = differences.shape
-    too_few = (~np.isnan(differences)).sum(axis=0) < 2
-    if too_few.all():
-        return np.full(n_columns, np.nan)
+    p = np.full(n_columns, np.nan)
+    tested = (~np.isnan(differences)).sum(axis=0) >= 2
     resamples = _affordable(resamples, n)
     differences = np.nan_to_num(differences)  # whatever the sign of a zero, it changes no sum
+    not_zero = (differences != 0).sum(axis=0)
+    exact = tested & (not_zero <= min(MOST_EXACT, np.log2(resamples + 1)))
+    for column in np.flatnonzero(exact):
+        own = differences[differences[:, column] != 0, column][:, None]
+        p[column] = _as_large(own, _all_signs(len(own)))[0] / 2 ** len(own)
+    drawn = np.flatnonzero(tested & ~exact)
+    if len(drawn):
+        p[drawn] = (1 + _as_large(differences[:, drawn], _random_signs(n, resamples))) / (1 + resamples)
+    return p
+
+
+def _as_large(differences: np.ndarray, patterns: Iterable[np.ndarray]) -> np.ndarray:
+    """How many patterns of signs give as large a sum as there is, whichever its sign; int64 [C]."""
+    n_columns = differences.shape[1]
     observed = np.abs(differences.sum(axis=0))
     observed -= 1e-10 * np.abs(differences).sum(axis=0)  # equal sums may differ in last bits
-    exact = n < 60 and 2**n <= resamples + 1
     as_large = np.zeros(n_columns, dtype=np.int64)
-    for signs in _all_signs(n) if exact else _random_signs(n, resamples):
+    for signs in patterns:
         for columns in _pieces(n_columns):
-            sums = signs @ differences[:, columns]
-            as_large[columns] += (np.abs(sums) >= observed[columns]).sum(axis=0)
-    p = as_large / 2**n if exact else (1 + as_large) / (1 + resamples)
-    return np.where(too_few, np.nan, p)
+            as_large[columns] += (np.abs(signs @ differences[:, columns]) >= observed[columns]).sum(axis=0)
+    return as_large
 
 
 def _affordable(resamples: int, n: int) -> int:

@@ -12,8 +12,10 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import xml.dom.minidom
 from pathlib import Path
 
@@ -89,7 +91,7 @@ def test_the_command_prints_the_table_and_names_the_page(reported):
 def test_the_table_follows_from_the_result_files(reported):
     base, done = reported
     rows = rows_of((base / "output/report/main_table.csv").read_text())
-    assert len(rows) == 4 * 4
+    assert len(rows) == 2 * 6  # of each dataset two learning rates, which do nothing to original and HyDE
     tested = []
     for row in rows:
         folder = base / row["folder"]
@@ -98,8 +100,9 @@ def test_the_table_follows_from_the_result_files(reported):
             for variant in ("embeddings", row["variant"])
         )
         assert float(row["mean"]) == pytest.approx(after.mean(), rel=1e-8)
+        assert row["runs"] == ("2" if row["variant"] in ("embeddings", "hyde") else "1")
         if row["variant"] == "embeddings":
-            assert row["change"] == row["p"] == ""
+            assert row["change"] == row["p"] == row["lr"] == ""
             continue
         change = after - before
         assert float(row["change"]) == pytest.approx(change.mean(), rel=1e-8)
@@ -111,7 +114,7 @@ def test_the_table_follows_from_the_result_files(reported):
         assert float(row["p"]) == pytest.approx(theirs.pvalue, abs=0.02)
         tested.append((float(row["p"]), float(row["p_holm"])))
         assert row["significant"] == str(float(row["p_holm"]) < 0.05)
-    assert len(tested) == 12
+    assert len(tested) == 10
     assert "corrected for the 10 tests of this table" in done.stdout  # HyDE is the same with both learning rates
     least = min(tested)
     assert least[1] == pytest.approx(10 * least[0])
@@ -317,6 +320,7 @@ DAMAGES = {
     "name": (lambda f: damage_config(f, lambda c: c["dataset"].update(name=3)), "something else than runs write"),
     "identity": (lambda f: damage_config(f, lambda c: c["dataset"].update(fingerprint=[])), "else than runs write"),
     "flag": (lambda f: damage_config(f, lambda c: c["flags"].update(lr=[1])), "something else than runs write"),
+    "rate": (lambda f: damage_config(f, lambda c: c["flags"].update(lr="oops")), "something else than runs write"),
     "scores": (lambda f: damage_config(f, lambda c: c["flags"].update(total_scores=None)), "else than runs write"),
     "versions": (lambda f: damage_config(f, lambda c: c.update(versions=[1])), "something else than runs write"),
     "no summary": (lambda f: (f / "summary.json").unlink(), "summary.json is missing"),
@@ -441,7 +445,7 @@ def test_a_run_that_is_made_again_meanwhile_is_not_mixed(tmp_path):
     damage_config(folder, lambda c: c.update(started="2027-01-01T00:00:00"))
     details = read_details(run, "embeddings", "map")
     assert not details.separation and not details.helped
-    assert details.missing == ["all of it: the run was made again meanwhile"]
+    assert details.missing == ["all of it (the run was made again meanwhile)"]
 
 
 WRONG = {
@@ -511,6 +515,25 @@ def test_a_second_report_takes_the_place_of_the_first(tmp_path):
     assert {path: path.read_bytes() for path in out.rglob("*.*g")} == before  # the same runs, the same pictures
 
 
+def test_an_interrupted_report_leaves_the_earlier_one_whole(tmp_path):
+    write_run(tmp_path / "old" / "a")
+    run_script(REPORT, "old", cwd=tmp_path)
+    out = tmp_path / "output" / "report"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for dataset, lr in itertools.product("ABC", (1e-4, 1e-3)):
+        write_run(tmp_path / "new" / f"{dataset}{lr}", dataset=dataset, lr=lr, variants=ALL, raw=True)
+    command = [sys.executable, str(ROOT / REPORT), "new"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not list(out.glob(".making-*/figures/*.png")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 130
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert not list(out.glob(".making-*"))
+
+
 # --- What may be compared ---
 
 
@@ -578,7 +601,7 @@ def test_a_setting_that_a_variant_does_not_depend_on_makes_no_second_comparison(
         write_run(tmp_path / f"with{lr}", variants=ALL, lr=lr)
         write_run(tmp_path / f"without{lr}", lr=lr)
     runs = read(tmp_path)
-    assert runs.axes == ("hyde_model", "lr")
+    assert runs.axes == ("lr", "hyde_model")
     rows = compare(runs, "embeddings")
     table = main_table(rows, runs, "embeddings", "map")
     assert table.lines[0][2:5] == ["any", "any", "original"] and table.kinds[0] == "baseline"
@@ -624,7 +647,7 @@ def test_the_notes_say_what_cannot_be_significant(tmp_path):
         write_run(tmp_path / str(lr), queries=5, lr=lr, gain=0.5)
     runs = read(tmp_path)
     table = main_table(compare(runs, "embeddings"), runs, "embeddings", "map")
-    assert any("Rows of fewer than 7 queries can hardly get a corrected p below 0.05" in note for note in table.notes)
+    assert any("With fewer than 7 queries even the clearest row hardly gets below 0.05" in n for n in table.notes)
     assert set(table.kinds) == {"baseline", ""}
 
 
@@ -657,8 +680,15 @@ def test_two_datasets_or_models_of_one_name_are_told_apart(tmp_path):
     models = {run.model for run in runs.records}
     assert "other/model" in models and len(models) == 3
     assert not find_ablations(runs, "embeddings").lines
+    assert len(runs.notes) == 2 and all("there are other data of this name" in note for note in runs.notes)
     averages = average(runs, "embeddings")
     assert not averages.rows and "Made is there with different contents" in averages.refused[0]
+
+
+def test_the_same_data_under_two_names_are_said_to_be(tmp_path):
+    write_run(tmp_path / "a", dataset="One", data=made_dataset("One", 20, 100))
+    write_run(tmp_path / "b", dataset="Two", data=dataclasses.replace(made_dataset("One", 20, 100), name="Two"))
+    assert read(tmp_path).notes == ["One and Two hold the same data, which so counts more than once."]
 
 
 def test_an_ablation_joins_only_runs_that_differ_in_its_setting(tmp_path):
@@ -716,8 +746,8 @@ def test_averages_are_over_datasets_that_a_system_has_all_of(tmp_path):
     averages = average(read(tmp_path), "embeddings")
     assert {(row.model, row.query) for row in averages.rows} == {("a", "original"), ("a", "refined"), ("b", "original")}
     assert averages.refused == [
-        "b, refined, lr 0.0001: not on Two; its runs there differ in lr (0.0001 here, 0.001 there)",
-        "b, refined, lr 0.001: not on One; its runs there differ in lr (0.001 here, 0.0001 there)",
+        "b, refined, lr 0.0001: not on Two; its runs there differ in lr (here 0.0001; there 0.001)",
+        "b, refined, lr 0.001: not on One; its runs there differ in lr (here 0.001; there 0.0001)",
     ]
 
 
@@ -891,7 +921,7 @@ def test_labels_say_what_tells_things_apart():
     found = labels(names, 44)
     assert len(set(found)) == 8 and max(map(len, found)) <= 44
     assert found[0].endswith("lr 0.1, num_s… 10") and "seed" not in found[0]
-    assert labels(names[:1] * 2, 44) == ["m", "m"]
+    assert labels([{"model": "m", "lr": "0.1"}] * 2, 44) == ["m, lr 0.1"] * 2
     assert labels([{"model": "x" * 90 + end} for end in "ab"], 20) == ["x" * 19 + "…", "x" * 19 + "… (2)"]
 
 

@@ -112,6 +112,16 @@ def test_laws_of_the_paired_test(seed, n):
         np.testing.assert_array_equal(randomisation_test(values[:, [column]], 999), p[column])
 
 
+def test_queries_without_a_difference_and_missing_ones_change_nothing():
+    values = differences(9, columns=1)
+    p = randomisation_test(values)
+    assert (randomisation_test(np.concatenate([values, np.zeros((60, 1))])) == p).all()
+    assert (randomisation_test(np.concatenate([values, np.full((60, 1), np.nan)])) == p).all()
+    low, high = bootstrap_interval(np.concatenate([differences(80, 1), np.full((5, 1), np.nan)]))
+    expected = bootstrap_interval(differences(80, 1))
+    np.testing.assert_allclose((low, high), expected, atol=2e-3)  # other resamples
+
+
 def test_equal_figures_and_too_few_queries():
     assert randomisation_test(np.zeros((30, 2))).tolist() == [1.0, 1.0]
     assert np.isnan(randomisation_test(np.ones((1, 2)))).all()
