@@ -140,7 +140,7 @@ def _queries(counts: Iterable[int]) -> str:
 def ablation(axis: str, lines: Sequence[Line], metric: str) -> Figure:
     """Mean change over one setting, with intervals: a panel a dataset; numbers as lines, words as points."""
     lines = drawn_lines(lines)
-    own_labels = labels(list(map(_name, lines)), 60)
+    own_labels = labels(list(map(_name, lines)), 50)
     names = list(dict.fromkeys(own_labels))
     looks = _looks(lines, own_labels)
     datasets = list(dict.fromkeys(line.dataset for line in lines))[:MOST_PANELS]
