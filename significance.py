@@ -13,7 +13,7 @@ import numpy as np
 SEED = 0
 CONFIDENCE = 0.95
 BOOTSTRAP_RESAMPLES = 10_000
-LEAST_RESAMPLES, MOST_RESAMPLES = 9_999, 199_999  # of the randomisation test; an odd number, so that 1 + R is round
+LEAST_RESAMPLES, MOST_RESAMPLES = 9_999, 199_999  # of the randomisation test; 1 + R is round
 RESAMPLES_A_TEST = 50  # how much finer than Holm's smallest threshold a p-value should be
 MOST_DRAWS = 1 << 28  # resamples × queries: with very many queries fewer resamples do
 CHUNK_CELLS = 1 << 22  # resamples × queries, or × columns, held at once: 32 MiB
@@ -35,9 +35,8 @@ def randomisation_test(differences: np.ndarray, resamples: int = LEAST_RESAMPLES
     """Two-sided p of the paired randomisation test: how often random signs alone give as large a mean difference.
 
     Under the null hypothesis either system could have had either figure of a query, so each difference's sign is a
-    coin toss (Fisher 1935; for retrieval: Smucker, Allan and Carterette 2007). All sign patterns of
-    the differences that are not 0 are gone through where they are few; else ``p = (1 + as large) / (1 + resamples)``,
-    which is never 0.
+    coin toss (Fisher 1935; for retrieval: Smucker, Allan and Carterette 2007). All sign patterns of the differences
+    that are not 0 are gone through where they are few; else ``p = (1 + as large) / (1 + resamples)``, which is never 0.
 
     Args:
         differences: float64 [n, C], a row a query, a column a comparison; NaN where a comparison lacks the query.
@@ -75,7 +74,8 @@ def _as_large(differences: np.ndarray, patterns: Iterable[np.ndarray]) -> np.nda
 
 
 def _affordable(resamples: int, n: int) -> int:
-    return min(resamples, max(999, MOST_DRAWS // n))
+    """How many resamples there are of n queries, so that many queries take no longer than few."""
+    return min(resamples, max(999, MOST_DRAWS // max(n, 1)))
 
 
 def _all_signs(n: int) -> Iterator[np.ndarray]:
