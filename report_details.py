@@ -21,6 +21,7 @@ from report_words import one_line
 from results import read_json, variant_files
 
 BINS = 8192  # of scores, from which densities and AUC are taken: an AUC is then right to about 1e-4
+LEAST_WIDTH = 1e-3  # of all bins together, where scores are equal
 MOST_QUERIES = 10  # most helped, and as many most hurt
 MOST_UNSEEN = 20  # relevant documents of a query that the teacher did not score
 MALFORMED = (ValueError, KeyError, IndexError, TypeError, AttributeError)
@@ -203,8 +204,8 @@ def read_separation(run: RunRecord) -> dict[str, Separation]:
     """
     paths = {variant: run.folder / variant_files(variant)[1] for variant in run.values}
     low, high = zip(*(_score_range(path) for path in paths.values()), strict=True)
-    edges = np.linspace(min(low), max(high), BINS + 1)
-    scale = BINS / max(float(edges[-1] - edges[0]), 1e-12)
+    edges = np.linspace(min(low), max(*high, min(low) + LEAST_WIDTH), BINS + 1)
+    scale = BINS / (edges[-1] - edges[0])
     found = {}
     for variant, path in paths.items():
         counts = np.zeros(2 * BINS, dtype=np.int64)

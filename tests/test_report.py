@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import xml.dom.minidom
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from synthetic_runs import made_dataset, write_run
 
 import report_drawing
 import report_figures
+import report_run_figures
 from errors import UserError
 from report import ReportFlags, check_out, in_detail, read_all, read_command
 from report_ablations import find_ablations
@@ -972,10 +974,15 @@ def test_memory_does_not_grow_with_the_raw_scores(tmp_path):
     assert float(done.stdout) < 150, done.stdout  # score and label alone are 40 MB a file, all columns 140
 
 
-def test_read_separation_of_equal_scores(tmp_path):
+def test_equal_scores_separate_nothing(tmp_path):
     folder = write_run(tmp_path / "run", raw=True)
     table = pq.read_table(folder / "embeddings_raw_scores.parquet")
     same = with_scores(table, np.full(len(table), 0.5, np.float32))
     for variant in ("embeddings", "optimized_embeddings"):
         pq.write_table(same, folder / f"{variant}_raw_scores.parquet")
-    assert {own.auc for own in read_separation(read_run(folder, "map")).values()} == {0.5}
+    run = read_run(folder, "map")
+    found = read_separation(run)
+    assert {own.auc for own in found.values()} == {0.5}
+    with report_drawing.drawing(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FigureCanvasAgg(report_run_figures.separation(run, found)).draw()
