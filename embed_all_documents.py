@@ -71,9 +71,7 @@ def read_command(argv: Sequence[str]) -> tuple[SlotFlags, list[dict[str, str]]]:
         UserError: a line for each thing that is wrong.
     """
     parser = OneLineParser(
-        description="Embed documents and queries of datasets into the cache, ahead of the runs that need them.",
-        usage="%(prog)s [--flag VALUE ...]",
-        allow_abbrev=False,
+        "Embed documents and queries of datasets into the cache, ahead of the runs that need them."
     )
     add_flags(parser, AXES, PLURALS, axes=True)
     add_flags(parser, FLAGS, aliases={"embedder_batch_size": "--batch_size"})

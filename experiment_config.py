@@ -346,7 +346,15 @@ def build_config(given: Mapping[str, str]) -> ExperimentConfig:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line each, without the usage text."""
+    """An argument parser whose complaints are one line each, without the usage text; flags must be spelled out.
+
+    Args:
+        description: of the command.
+        words: what the command takes beside flags, for ``--help``.
+    """
+
+    def __init__(self, description: str, words: str = "") -> None:
+        super().__init__(description=description, usage=f"%(prog)s {words}[--flag VALUE ...]", allow_abbrev=False)
 
     def error(self, message: str) -> typing.NoReturn:
         """Raise the complaint for the command to show; argparse would print its usage first."""
@@ -438,7 +446,7 @@ def command_words(given: Mapping[str, str]) -> list[str]:
 
 def parse_arguments(description: str, argv: Sequence[str] | None = None) -> ExperimentConfig:
     """Read the command line of a script that takes every experiment flag."""
-    parser = OneLineParser(description=description, usage="%(prog)s [--flag VALUE ...]", allow_abbrev=False)
+    parser = OneLineParser(description)
     add_flags(parser)
     return build_config(parse_words(parser, sys.argv[1:] if argv is None else argv))
 

@@ -28,12 +28,12 @@ from experiment_config import ExperimentConfig
 from experiment_grid import Grid, PlannedRun, in_order
 from hyde import HydeWriter, find_hyde_writer
 from instruction_templates import fill_templates, read_templates, templates_for
-from job_runner import counted
 from ranking import sample_documents, unit_length
 from rerankers import Reranker, find_reranker
 from results import aligned
 from retrieval_dataset import RetrievalDataset
 from run_setup import Run, make_embedder
+from words import counted
 
 MOST_DOCUMENTS = 200_000  # of a dataset that is looked at
 MOST_SAMPLES = 100  # different ones of a dataset and model

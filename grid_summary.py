@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import shlex
 import sys
@@ -17,7 +16,7 @@ from cache_utils import write_atomically
 from experiment_grid import Grid, PlannedRun
 from job_runner import Outcome
 from llm_client import Usage
-from results import LOG, TABLE_METRICS, VARIANTS, aligned, read_json
+from results import LOG, TABLE_METRICS, VARIANTS, aligned, csv_text, read_json
 
 
 def means_of(summary: Mapping[str, Any], metric: str = "map") -> dict[str, float]:
@@ -68,12 +67,9 @@ def keep_summary(
             for row in rows or []
             if Path(row["folder"]).resolve() not in folders and (row.get("map_embeddings") or row["hash"] not in done)
         ]
-        text = io.StringIO()
-        names = dict.fromkeys(name for row in (*new, *kept) for name in row)
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*kept, *new])
-        content = text.getvalue().encode("utf-8", "surrogateescape")
+        names = list(dict.fromkeys(name for row in (*new, *kept) for name in row))
+        lines = [[row.get(name, "") for name in names] for row in (*kept, *new)]
+        content = csv_text([names, *lines]).encode("utf-8", "surrogateescape")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(content))
     except OSError as error:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from devices import Slots
 from errors import INTERRUPTED_STATUS, LIFELINE, FolderBusy, OutOfMemory, UserError
+from words import counted
 
 LOG_TAIL_BYTES = 1 << 14
 LONGEST_LINE = 500
@@ -356,11 +357,6 @@ class JobRunner:
         names = ", ".join(job.name[self._shared :] for job in self._running)
         with contextlib.suppress(OSError):
             self._bar.set_postfix_str(f"running: {names}" if names else "")
-
-
-def counted(number: int, what: str) -> str:
-    """``1 run``, ``2 runs``."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _status_of(process: subprocess.Popen[bytes]) -> int:

@@ -76,7 +76,12 @@ def query_metrics(scores: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
 
 def mean_metrics(rows: dict[str, np.ndarray]) -> dict[str, float]:
     """Mean of each metric (float [Q]) over the queries that have it; NaN where none has."""
-    return {name: float(np.nanmean(v)) if not np.isnan(v).all() else math.nan for name, v in rows.items()}
+    return {name: mean_known(values) for name, values in rows.items()}
+
+
+def mean_known(values: np.ndarray) -> float:
+    """Mean of the values (float [Q]) that are not NaN; NaN where none is."""
+    return float(np.nanmean(values)) if not np.isnan(values).all() else math.nan
 
 
 def top_documents(scores: np.ndarray, ranks: np.ndarray) -> np.ndarray:

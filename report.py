@@ -52,9 +52,9 @@ from report_tables import (
     main_table,
     usage_table,
 )
-from report_words import counted, one_line
 from results import VARIANTS, read_json, write_json
 from run_log import start_logging
+from words import counted, one_line, phrases
 
 logger = logging.getLogger(__name__)
 PAGE, MANIFEST, FIGURES = "index.html", "report.json", "figures"
@@ -130,11 +130,7 @@ def read_command(argv: Sequence[str]) -> tuple[list[Path], ReportFlags]:
     Raises:
         UserError: a line for each thing that is wrong.
     """
-    parser = OneLineParser(
-        description="Tables, pictures and one page of what runs found.",
-        usage="%(prog)s [RUNS ...] [--flag VALUE ...]",
-        allow_abbrev=False,
-    )
+    parser = OneLineParser("Tables, pictures and one page of what runs found.", words="[RUNS ...] ")
     parser.add_argument(
         "runs", nargs="*", action="append", default=argparse.SUPPRESS,
         help="folders with runs somewhere below, or _grid.csv files of run_experiments.py (default: output)",
@@ -243,7 +239,7 @@ def write_page(out: Path, tables: dict[str, Table], found: Findings, flags: Repo
         own = read_details(run, flags.baseline, flags.metric)
         change = f"{flags.metric}, {VARIANTS[flags.baseline]} → {run.query_name(own.variant)}"
         page["details"].append(DetailedRun(run_name(run, runs), own, book.details(own, f"detail{i}"), change))
-    datasets = len({run.dataset for run in runs.records})
+    datasets, usage = len({run.dataset for run in runs.records}), usage_table(runs)
     html = render(
         **page,
         title=f"Query refinement: {flags.metric} of {counted(len(runs.records), 'run')}",
@@ -258,8 +254,7 @@ def write_page(out: Path, tables: dict[str, Table], found: Findings, flags: Repo
         "with the largest change, then the one with the smallest, and so on; those with an oracle come last. "
         "--details N shows more.",
         price=book.price(),
-        price_sentences=[] if usage_table(runs) else ["No language model was asked by these runs."],
-        usage=usage_table(runs),
+        usage=usage,
         described=[described_run(run, run_name(run, runs)) for run in runs.records],
         left_out=runs.left_out,
     )
@@ -269,8 +264,7 @@ def write_page(out: Path, tables: dict[str, Table], found: Findings, flags: Repo
 
 def run_name(run: RunRecord, runs: Runs) -> str:
     """Dataset, embedding model and settings of a run."""
-    settings = [f"{axis} {value}" for axis, value in runs.named(run).items()]
-    return one_line(", ".join([run.dataset, run.model, *settings]))
+    return one_line(", ".join([run.dataset, run.model, *phrases(runs.named(run))]))
 
 
 def in_detail(runs: Runs, flags: ReportFlags) -> list[RunRecord]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -199,14 +199,16 @@ def _differences(own: Sequence[RunRecord], variant: str, baseline: str) -> np.nd
     return changes[~np.isnan(changes).any(axis=1)]
 
 
-def _place(own: Sequence[RunRecord], free: Sequence[str], variant: str, runs: Runs) -> Iterator[object]:
+def _place(
+    own: Sequence[RunRecord], free: Sequence[str], variant: str, runs: Runs
+) -> tuple[str, str, dict[str, str]]:
     """Dataset, model and the other axes that the variant depends on."""
     others = {}
     for axis in runs.axes_of(variant):
         if axis not in free:
             values = {record.setting(axis) for record in own}
             others[axis] = values.pop() if len(values) == 1 else "as by default"
-    yield from (own[0].dataset, own[0].model, others)
+    return own[0].dataset, own[0].model, others
 
 
 def _line(own: list[RunRecord], axis: str, variant: str, runs: Runs, baseline: str) -> Line | None:

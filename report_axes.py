@@ -121,16 +121,29 @@ def comparable(records: Sequence[RunRecord], left_out: Sequence[LeftOut], baseli
 
 def _of_datasets(records: Sequence[RunRecord]) -> list[str]:
     """Sentences on different data under one name, and the same data under different ones."""
-    pairs = dict.fromkeys((record.dataset, record.facts["dataset"]) for record in records)
-    notes = []
-    for name, _ in pairs:
-        if name.endswith("]") and sum(own.startswith(name[: -len("[012345]")]) for own, _ in pairs) > 1:
-            notes.append(f"{name}: there are other data of this name; the letters begin its fingerprint.")
-    for identity in dict.fromkeys(identity for _, identity in pairs):
-        names = [name for name, own in pairs if own == identity]
-        if len(names) > 1:
-            notes.append(f"{' and '.join(names)} hold the same data, which so counts more than once.")
+    names_of: dict[str, dict[str, None]] = {}
+    for record in records:
+        names_of.setdefault(record.facts["dataset"], {})[record.dataset] = None
+    notes = [
+        f"{name}: there are other data of this name; the letters begin its fingerprint."
+        for names in contents_of_names(records).values()
+        if len(names) > 1
+        for name in names.values()
+    ]
+    notes += [
+        f"{' and '.join(names)} hold the same data, which so counts more than once."
+        for names in names_of.values()
+        if len(names) > 1
+    ]
     return notes
+
+
+def contents_of_names(records: Sequence[RunRecord]) -> dict[str, dict[str, str]]:
+    """For each dataset's own name its contents: fingerprint to what it is called in the report."""
+    found: dict[str, dict[str, str]] = {}
+    for record in records:
+        found.setdefault(record.config["dataset"]["name"], {})[record.facts["dataset"]] = record.dataset
+    return found
 
 
 def _latest(own: Sequence[RunRecord], left_out: list[LeftOut]) -> list[RunRecord]:

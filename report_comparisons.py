@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from report_axes import Runs
+from metrics import mean_known
+from report_axes import Runs, contents_of_names
 from report_runs import RunRecord
-from report_words import NOTHING, counted
 from significance import bootstrap_interval, borda_points, holm, randomisation_test, resamples_for
+from words import NOTHING, counted, phrases
 
 ALPHA = 0.05
 MOST_REASONS = 20  # why systems have no average
@@ -124,8 +125,8 @@ def compare(runs: Runs, baseline: str) -> list[Comparison]:
                 found[same].runs.append(run)
                 continue
             own = after[~np.isnan(before + after)]
-            mean = float(own.mean()) if len(own) else math.nan
-            found[same] = Comparison([run], variant, run.query_name(variant), variant == baseline, len(own), mean)
+            names = (variant, run.query_name(variant))
+            found[same] = Comparison([run], *names, variant == baseline, len(own), mean_known(own))
     rows = list(found.values())
     tested = [row for row in rows if not row.is_baseline]
     resamples = resamples_for(len(tested), ALPHA)
@@ -175,7 +176,10 @@ def average(runs: Runs, baseline: str) -> Averages:
     On each dataset those topics count that all these systems have.
     """
     datasets = list(dict.fromkeys(run.dataset for run in runs.records))
-    result = Averages(refused=_names_of_several(runs))
+    twice = [name for name, own in contents_of_names(runs.records).items() if len(own) > 1]
+    result = Averages(
+        refused=[f"{name} is there with different contents; report on one of them at a time" for name in twice]
+    )
     if len(datasets) < 2 or result.refused:
         return result
     systems: dict[tuple, dict[str, RunRecord]] = {}
@@ -211,15 +215,6 @@ def average(runs: Runs, baseline: str) -> Averages:
     return result
 
 
-def _names_of_several(runs: Runs) -> list[str]:
-    """A line for each name under which there are different data: an average would count them as two datasets."""
-    fingerprints: dict[str, set[str]] = {}
-    for run in runs.records:
-        fingerprints.setdefault(run.config["dataset"]["name"], set()).add(run.facts["dataset"])
-    twice = [name for name, own in fingerprints.items() if len(own) > 1]
-    return [f"{name} is there with different contents; report on one of them at a time" for name in twice]
-
-
 def _why_no_average(system: tuple, systems: dict[tuple, dict[str, RunRecord]], runs: Runs) -> str:
     """A line for a system that some dataset lacks: which, and what the model's runs there differ in."""
     model, settings, query, variant = system
@@ -231,7 +226,7 @@ def _why_no_average(system: tuple, systems: dict[tuple, dict[str, RunRecord]], r
         for i, axis in enumerate(runs.axes)
         if elsewhere and all(own[1][i] != settings[i] for own in elsewhere)
     ]
-    own = [f"{axis} {value}" for axis, value in runs.named(next(iter(systems[system].values())), variant).items()]
+    own = phrases(runs.named(next(iter(systems[system].values())), variant))
     reason = f"its runs there differ in {' and '.join(differ)}" if differ else "there is no such run with figures"
     return f"{', '.join([model, query, *own])}: not on {', '.join(missing)}; {reason}"
 

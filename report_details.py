@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from report_runs import Damaged, RunRecord
-from report_words import one_line
 from results import read_json, variant_files
+from words import one_line
 
 BINS = 8192  # of scores, from which densities and AUC are taken: an AUC is then right to about 1e-4
 LEAST_WIDTH = 1e-3  # of all bins together, where scores are equal

@@ -31,8 +31,8 @@ from report_drawing import (
     panels,
 )  # fmt: skip
 from report_runs import RunRecord
-from report_words import NOTHING, clip, labels, shown
 from results import VARIANTS
+from words import NOTHING, clip, labels, shown
 
 LONGEST_LABEL = 60
 MOST_SYSTEMS, MOST_PANELS = 12, 9
@@ -270,18 +270,9 @@ def heat_map(pair: tuple[str, str], maps: Sequence[HeatMap], metric: str) -> Fig
 
 def seconds_by_stage(runs: Sequence[RunRecord], names: Names) -> Figure:
     """Where the time of each run went, a bar a run."""
-    seconds = np.array([_grouped_seconds(run.seconds) for run in runs])
-    figure, (panel,) = panels(1, 8.5, 1.1 + 0.24 * len(runs))
-    start = np.zeros(len(runs))
-    for name, own, (colour, hatch) in zip([*STAGES, "the rest"], seconds.T, STAGE_STYLES, strict=True):
-        if own.any():
-            panel.barh(range(len(runs)), own, left=start, color=colour, hatch=hatch, edgecolor=HATCH_INK, linewidth=0,
-                       label=name, height=0.75)  # fmt: skip
-        start += own
-    _name_runs(panel, runs, names)
-    panel.set_xlabel("seconds")
-    add_legend(figure, [panel])
-    return figure
+    seconds = np.array([_grouped_seconds(run.seconds) for run in runs]).T
+    parts = zip([*STAGES, "the rest"], seconds, STAGE_STYLES, strict=True)
+    return _stacked(runs, names, [(name, own, *style) for name, own, style in parts if own.any()], "seconds")[0]
 
 
 def _grouped_seconds(seconds: Mapping[str, float]) -> list[float]:
@@ -294,28 +285,36 @@ def _grouped_seconds(seconds: Mapping[str, float]) -> list[float]:
 
 def tokens(runs: Sequence[RunRecord], names: Names) -> Figure:
     """Tokens that language models read and wrote for each run, the cache's share apart; the cost where it is known."""
-    figure, (panel,) = panels(1, 8.5, 1.1 + 0.24 * len(runs))
     kinds = (("input_tokens", "read", BLUE, ""), ("output_tokens", "written", ORANGE, "////"),
              ("cached_input_tokens", "read before, from the cache", GREY, ""),
              ("cached_output_tokens", "written before, from the cache", SKY, "...."))  # fmt: skip
-    start = np.zeros(len(runs))
-    for key, name, colour, hatch in kinds:
-        own = np.array([sum(int(used.get(key) or 0) for used in run.language_models.values()) for run in runs])
-        panel.barh(range(len(runs)), own, left=start, color=colour, hatch=hatch, edgecolor=HATCH_INK, linewidth=0,
-                   label=name, height=0.75)  # fmt: skip
-        start += own
+    counts = {
+        key: np.array([sum(int(used.get(key) or 0) for used in run.language_models.values()) for run in runs])
+        for key, *_ in kinds
+    }
+    figure, panel = _stacked(runs, names, [(name, counts[key], *style) for key, name, *style in kinds], "tokens")
+    ends = sum(counts.values())
     for i, run in enumerate(runs):
         if (cost := run.summary.get("cost")) is not None:
-            panel.annotate(f" cost {cost:.4g}", (start[i], i), va="center", fontsize=8)
+            panel.annotate(f" cost {cost:.4g}", (ends[i], i), va="center", fontsize=8)
     panel.margins(x=0.12)
-    _name_runs(panel, runs, names)
-    panel.set_xlabel("tokens")
-    add_legend(figure, [panel])
     return figure
 
 
-def _name_runs(panel: Any, runs: Sequence[RunRecord], names: Names) -> None:
+def _stacked(
+    runs: Sequence[RunRecord], names: Names, parts: Sequence[tuple[str, np.ndarray, str, str]], what: str
+) -> tuple[Figure, Any]:
+    """A bar a run, made of parts: name, float [runs], colour and hatch of each."""
+    figure, (panel,) = panels(1, 8.5, 1.1 + 0.24 * len(runs))
+    start = np.zeros(len(runs))
+    for name, own, colour, hatch in parts:
+        panel.barh(range(len(runs)), own, left=start, color=colour, hatch=hatch, edgecolor=HATCH_INK, linewidth=0,
+                   label=name, height=0.75)  # fmt: skip
+        start += own
     panel.set_yticks(range(len(runs)), labels([{"dataset": run.dataset} | names(run) for run in runs], 72))
     panel.set_ylim(len(runs) - 0.5, -0.5)
     panel.tick_params(axis="y", length=0)
     panel.grid(axis="x", color="0.9")
+    panel.set_xlabel(what)
+    add_legend(figure, [panel])
+    return figure, panel

@@ -12,7 +12,7 @@ import jinja2
 from report_details import RunDetails
 from report_pictures import Picture
 from report_runs import RunRecord
-from report_words import clip, number, shown, signed
+from words import clip, number, shown, signed
 
 TEMPLATE = Path(__file__).resolve().parent / "report_page.html"
 

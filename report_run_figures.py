@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from report_details import Separation, Steps, TeacherScores
 from report_drawing import BLACK, BLUE, COLOURS, GREY, LINES, RED, add_legend, panels
 from report_runs import RunRecord
-from report_words import NOTHING
+from words import NOTHING
 
 DRAWN_BINS = 64
 MOST_VECTOR_MARKS = 2000  # of a scatter plot; more are stored as an image

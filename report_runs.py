@@ -20,8 +20,9 @@ import pyarrow.csv as pa_csv
 
 from errors import UserError
 from experiment_config import ExperimentConfig, fields, short_hash
-from report_words import one_line, shown
-from results import LOCK, VARIANTS, read_json, variant_files
+from metrics import mean_known
+from results import LOCK, VARIANTS, is_run_config, read_json, variant_files
+from words import one_line, shown
 
 # Flags that stand in a run's settings under another name, or only say which variants there are.
 NAMED_APART = ("dataset", "embedding_model", "computation_types", "reranker_model", "optimize_with_gold",
@@ -64,8 +65,8 @@ class RunRecord:
 
     def mean(self, variant: str) -> float:
         """The mean over the queries that have a figure; minus infinity where none has."""
-        known = self.values[variant][~np.isnan(self.values[variant])]
-        return float(known.mean()) if len(known) else -math.inf
+        mean = mean_known(self.values[variant])
+        return -math.inf if math.isnan(mean) else mean
 
     def setting(self, name: str) -> str:
         """A setting for tables."""
@@ -136,7 +137,7 @@ def _is_run(folder: Path, files: Sequence[str]) -> bool:
     """Whether a run wrote here, even if it came to no end; a model's folder has a config.json, too."""
     if LOCK in files or any(variant_files(variant)[0] in files for variant in VARIANTS):
         return True
-    return "config.json" in files and {"status", "experiment_name"} <= read_json(folder / "config.json").keys()
+    return "config.json" in files and is_run_config(read_json(folder / "config.json"))
 
 
 def _listed(path: Path) -> Iterator[Path]:
@@ -303,10 +304,10 @@ def _read_metric(path: Path, metric: str) -> tuple[tuple[str, ...], np.ndarray]:
 
 def _check_mean(name: str, metric: str, values: np.ndarray, said: float | None) -> None:
     """Raise :class:`Damaged` where the figures of a file are not those that the summary was made from."""
-    known = values[~np.isnan(values)]
-    mean = float(known.mean()) if len(known) else None
-    if (mean is None) != (said is None) or (mean is not None and not abs(mean - said) < MEANS_AGREE):
-        raise Damaged(f"{name} gives a mean {metric} of {shown(mean)}, summary.json says {shown(said)}")
+    mean = mean_known(values)
+    if (said is None) != math.isnan(mean) or (said is not None and not abs(mean - said) < MEANS_AGREE):
+        found = shown(None if math.isnan(mean) else mean)
+        raise Damaged(f"{name} gives a mean {metric} of {found}, summary.json says {shown(said)}")
 
 
 def metrics_of(folders: Iterable[Path]) -> list[str]:

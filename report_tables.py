@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 from report_axes import ANY, Runs
 from report_comparisons import ALPHA, Averages, Comparison
-from report_words import DOWN, UP, counted, number, one_line, p_value, percent, signed
 from results import VARIANTS, aligned, csv_text
 from significance import resamples_for
+from words import counted, number, one_line, p_value, percent, signed
 
+UP, DOWN = "* better", "* worse"
 LONG_TABLE = 45  # lines; more do not fit a page of LaTeX
 
 

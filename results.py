@@ -87,6 +87,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def is_run_config(content: dict[str, Any]) -> bool:
+    """Whether what :func:`read_json` found is a run's ``config.json``; other programs have files of this name, too."""
+    return {"status", "experiment_name"} <= content.keys()
+
+
 def csv_text(lines: Iterable[Sequence[Any]]) -> str:
     """Lines of cells as CSV that every reader takes apart the same way."""
     text = io.StringIO()
@@ -236,7 +241,7 @@ class RunFolder:
         if not any(name not in LOGS and not name.startswith(".") for name in os.listdir(self.folder)):
             return None
         earlier = read_json(self.folder / "config.json")
-        if not {"status", "experiment_name"} <= earlier.keys():
+        if not is_run_config(earlier):
             raise UserError(
                 f"--experiment_name: {self.folder} holds something else than a run of this program; choose another name"
             )

@@ -34,9 +34,10 @@ from experiment_config import (
 from experiment_grid import DEFAULT_AXES, PlannedRun, check_configs, find_completed, in_order, plan_grid
 from grid_file import PLURALS, Cells, read_grid_file
 from grid_summary import figures_of, keep_summary, print_summary, summary_path
-from job_runner import Beginning, Entry, Job, JobRunner, Outcome, counted
+from job_runner import Beginning, Entry, Job, JobRunner, Outcome
 from results import LOG, RunFolder
 from run_setup import is_done
+from words import counted
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,7 @@ def read_command(argv: Sequence[str]) -> tuple[GridFlags, list[Cells]]:
     Raises:
         UserError: a line for each thing that is wrong with the grid's own flags or the file.
     """
-    parser = OneLineParser(
-        description="Run a grid of experiments: every flag of an experiment takes several values.",
-        usage="%(prog)s [--flag VALUE ...]",
-        allow_abbrev=False,
-    )
+    parser = OneLineParser("Run a grid of experiments: every flag of an experiment takes several values.")
     add_flags(parser.add_argument_group("the grid"), of=GridFlags)
     axes_group = parser.add_argument_group(
         "the experiments", "each takes several values; words that belong together have commas between them (0.15,0.6)"

@@ -44,8 +44,8 @@ from report_details import read_details, read_separation
 from report_page import described_run
 from report_runs import Damaged, find_run_folders, read_run, read_runs
 from report_tables import LONG_TABLE, Table, as_latex, as_markdown, as_text, averages_table, main_table
-from report_words import clip, labels, shown
 from results import VARIANTS, variant_files
+from words import clip, labels, shown
 
 REPORT = "report.py"
 ALL = tuple(VARIANTS)

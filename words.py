@@ -1,4 +1,4 @@
-"""How values, texts and names are written for people, in tables, pictures and on the page."""
+"""How values, texts and names are written for people: in tables, pictures and logs. Knows nothing else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 SHORTEST_NAME, SHORTEST_VALUE = 6, 12  # of the parts of a label that must be cut
 BARE = ("dataset", "model", "query")
 NOTHING = 5e-7  # result files have six digits
-UP, DOWN = "* better", "* worse"
 
 
 def shown(value: Any) -> str:
@@ -60,6 +59,11 @@ def labels(names: Sequence[Mapping[str, str]], longest: int) -> list[str]:
     return [found[tuple(name.items())] for name in names]
 
 
+def phrases(settings: Mapping[str, str]) -> list[str]:
+    """Settings as "name value"."""
+    return [f"{name} {value}" for name, value in settings.items()]
+
+
 def _cut(parts: Sequence[tuple[str, str]], longest: int) -> str:
     """The parts as one text, names and values shortened as far as it must be and may be."""
     name_room, value_room = 40, 60
@@ -99,7 +103,6 @@ def p_value(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else "<0.001"
 
 
-def counted(count: int, what: str) -> str:
-    """A number of things: "1 run", "2 runs", "3 queries"."""
-    plural = what[:-1] + "ies" if what.endswith("y") else what + "s"
-    return f"{count:,} {what if count == 1 else plural}"
+def counted(number: int, what: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
