@@ -71,15 +71,17 @@ def bars(rows: Sequence[Comparison], names: Names, metric: str) -> Figure:
     variants = [variant for variant in VARIANTS if any(row.variant == variant for row in rows)]
     thickness = 0.8 / len(variants)
     own_labels = labels([dict(system) for system in systems], LONGEST_LABEL)
-    width = 2.5 + max(map(inches, own_labels)) / min(len(datasets), 3)  # they stand on the left of three panels
+    titles = [f"{clip(own, 20)}, {_queries(row.queries for row in of_dataset[own].values())}" for own in datasets]
+    room = max(2.5, 0.6 + max(map(inches, titles)))
+    width = room + max(map(inches, own_labels)) / min(len(datasets), 3)  # the labels stand on the left of three panels
     figure, axes = panels(len(datasets), width, 0.8 + 0.14 * len(systems) * (len(variants) + 1), sharey=True)
-    for panel, dataset in zip(axes, datasets, strict=True):
+    for panel, dataset, title in zip(axes, datasets, titles, strict=True):
         own = of_dataset[dataset]
         for j, variant in enumerate(variants):
             found = [(i, own[system, variant]) for i, system in enumerate(systems) if (system, variant) in own]
             places = np.array([i for i, _ in found]) + (j + 0.5) * thickness - 0.4
             _bars_of(panel, places, [row for _, row in found], variant, thickness, _query(rows, variant))
-        panel.set_title(f"{clip(dataset, 20)}, {_queries(row.queries for row in own.values())}")
+        panel.set_title(title)
         panel.set_yticks(range(len(systems)), own_labels)
         panel.set_ylim(len(systems) - 0.5, -0.5)
         panel.set_xlim(left=min(0.0, *(np.nan_to_num(row.interval[0]) for row in own.values())))
