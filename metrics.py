@@ -1,5 +1,8 @@
 """Ranking metrics: scores and relevance in, arrays of metrics out. Knows nothing else.
 
+The residual metrics leave out the documents that a teacher has scored: they show what refinement taught about documents
+nobody scored, which putting the scored ones in order cannot do.
+
 All of them follow from the ranks of the relevant documents, so a query's candidates are sorted by value once and never
 put in order: the rank of a document is how many score higher, plus how many of the same score come before it.
 """
@@ -17,61 +20,108 @@ METRICS = (
     *(f"{name}_at_{k}" for name in ("precision", "recall", "match") for k in CUTOFFS),
     "ndcg_at_10",
     "mrr",
+    "residual_map",
+    "residual_recall_at_50",
 )
+RESIDUAL_METRICS = METRICS[-2:]
+P_MRR = "p_mrr"  # where a dataset has pairs of queries
 
 
-def relevant_ranks(scores: np.ndarray, relevant: np.ndarray) -> tuple[np.ndarray, float]:
-    """Rank the relevant documents of one query.
+def ranks_of(scores: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rank some documents of one query among all.
 
     Args:
         scores: float [n], higher is better, finite.
-        relevant: int [R], positions of the relevant documents.
+        positions: int [R], which documents.
 
     Returns:
-        int64 [R], their ranks from 0, ascending, ties broken by position; and how many (relevant, other) pairs are in
-        the right order, a tie counting half, other relevant documents counting too.
+        int64 [R], their ranks from 0, ties broken by position; and float64 [R], how many documents each is better than,
+        a tie counting half, with itself too.
     """
     ascending = np.sort(scores)
-    values = scores[relevant]
+    values = scores[positions]
     below = np.searchsorted(ascending, values, side="left")
     not_above = np.searchsorted(ascending, values, side="right")
     ranks = len(scores) - not_above
     for i in np.flatnonzero(not_above - below > 1):
-        ranks[i] += np.count_nonzero(scores[: relevant[i]] == values[i])
-    return np.sort(ranks), float((below + not_above).sum()) / 2
+        ranks[i] += np.count_nonzero(scores[: positions[i]] == values[i])
+    return ranks, (below + not_above) / 2
 
 
-def query_metrics(scores: np.ndarray, relevant: np.ndarray) -> dict[str, float]:
+def average_precision(ranks: np.ndarray) -> float:
+    """Mean, over the relevant documents, of the precision at their rank; ``ranks`` int [R], from 0, ascending."""
+    return float(np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1)))
+
+
+def query_metrics(scores: np.ndarray, relevant: np.ndarray, scored: np.ndarray | None = None) -> dict[str, float]:
     """All metrics of one query.
 
     ``map`` is average precision over the whole ranking: the mean, over the relevant documents, of the precision at
     their rank. ``precision_at_k`` divides by k, also where there are fewer than k candidates. ``ndcg_at_10`` has gain
-    1 and discount log2(rank + 1) (Järvelin and Kekäläinen 2002). ``roc_auc`` counts ties half.
+    1 and discount log2(rank + 1) (Järvelin and Kekäläinen 2002). ``roc_auc`` counts ties half. ``residual_map`` and
+    ``residual_recall_at_50`` are those of the ranking without the documents in ``scored``.
 
     Args:
         scores: float [n], the candidates' scores in document order, finite.
         relevant: int [R], positions of the relevant ones among them.
+        scored: int [K], positions of those that a teacher has scored; None where there is no teacher.
 
     Returns:
-        A value for each name in ``METRICS``; all NaN without relevant documents, ``roc_auc`` NaN without others.
+        A value for each name in ``METRICS``; all NaN without relevant documents, ``roc_auc`` NaN without others, the
+        residual metrics NaN without a teacher, and where no relevant document is left.
     """
     n_relevant, n_other = len(relevant), len(scores) - len(relevant)
     if n_relevant == 0:
         return dict.fromkeys(METRICS, math.nan)
-    ranks, in_order = relevant_ranks(scores, relevant)
+    scored_too = relevant if scored is None else np.concatenate([relevant, scored])
+    all_ranks, better_than = ranks_of(scores, scored_too)
+    ranks = np.sort(all_ranks[:n_relevant])
     # Among the relevant themselves each pair counts once and each document half with itself: R²/2 in all.
+    in_order = float(better_than[:n_relevant].sum())
     auc = (in_order - n_relevant**2 / 2) / (n_relevant * n_other) if n_other else math.nan
+    left = np.empty(0) if scored is None else residual_ranks(ranks, np.sort(all_ranks[n_relevant:]))
     found = {k: int(np.searchsorted(ranks, k)) for k in CUTOFFS}
     discounts = 1 / np.log2(np.arange(10) + 2)
     return {
-        "map": float(np.mean(np.arange(1, n_relevant + 1) / (ranks + 1))),
+        "map": average_precision(ranks),
         "roc_auc": auc,
         **{f"precision_at_{k}": found[k] / k for k in CUTOFFS},
         **{f"recall_at_{k}": found[k] / n_relevant for k in CUTOFFS},
         **{f"match_at_{k}": float(found[k] > 0) for k in CUTOFFS},
         "ndcg_at_10": float(discounts[ranks[ranks < 10]].sum() / discounts[: min(10, n_relevant)].sum()),
         "mrr": 1 / (int(ranks[0]) + 1),
+        "residual_map": average_precision(left) if len(left) else math.nan,
+        "residual_recall_at_50": float(np.mean(left < 50)) if len(left) else math.nan,
     }
+
+
+def residual_ranks(ranks: np.ndarray, scored: np.ndarray) -> np.ndarray:
+    """The ranks that documents have when others are taken out.
+
+    Args:
+        ranks: int [R], from 0, ascending.
+        scored: int [K], the ranks that are taken out, ascending; some may be among ``ranks``.
+
+    Returns:
+        int64 [at most R], ascending.
+    """
+    left = ranks[~np.isin(ranks, scored)]
+    return left - np.searchsorted(scored, left)
+
+
+def p_mrr(original: np.ndarray, changed: np.ndarray) -> float:
+    """How well a ranking follows a change of the instruction: p-MRR of FollowIR (Weller et al., arXiv 2403.15246).
+
+    For a document that the changed instruction makes irrelevant, with ranks ``o`` and ``c`` from 1: ``c/o − 1`` where
+    the document came nearer to the top (``o > c``), else ``1 − o/c``; the mean over such documents. From −1 (each came
+    to the top) over 0 (nothing moved) to 1 (each went to the bottom).
+
+    Args:
+        original: int [R], the documents' ranks from 0 for the query with the original instruction.
+        changed: int [R], the same documents' for the changed one.
+    """
+    o, c = original + 1.0, changed + 1.0
+    return float(np.mean(np.where(o > c, c / o - 1, 1 - o / c)))
 
 
 def mean_metrics(rows: dict[str, np.ndarray]) -> dict[str, float]:

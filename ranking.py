@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from scipy.sparse import csr_array
 
-from metrics import METRICS, query_metrics, top_documents
-from retrieval_dataset import RetrievalDataset
+from metrics import METRICS, P_MRR, p_mrr, query_metrics, ranks_of, top_documents
+from retrieval_dataset import RetrievalDataset, row_of
 
 BLOCK_SCORES = 1 << 22  # cosines held at once: 16 MiB, and a few times that while they are measured and written
 NORMALISE_ROWS = 1 << 14
@@ -71,7 +73,7 @@ def candidate_scores(
         if candidates is None:
             yield query, None, row
         else:
-            own = candidates.indices[candidates.indptr[query] : candidates.indptr[query + 1]]
+            own = row_of(candidates, query)
             yield query, own, row[own]
 
 
@@ -88,6 +90,7 @@ def sample_documents(
     documents: np.ndarray,
     dataset: RetrievalDataset,
     ranks_of: Callable[[int], np.ndarray],
+    taken: np.ndarray | None = None,
     product: Product = torch_product,
 ) -> np.ndarray:
     """Find the documents on some ranks of each query, for a teacher.
@@ -97,34 +100,92 @@ def sample_documents(
         documents: float32 [N, D], of unit length.
         dataset: for the candidates.
         ranks_of: from a number of candidates to the ranks, such as :func:`sampled_ranks` gives them.
+        taken: int64 [Q, T], documents that are no candidates any more, as if they were not there; -1 for none.
         product: as in :func:`score_blocks`.
 
     Returns:
         int64 [Q, K], document indices, K the most ranks that a query has; -1 where one has fewer.
     """
-    ranks = {int(n): ranks_of(int(n)) for n in np.unique(dataset.candidate_counts())}
+    counts = dataset.candidate_counts()
+    if taken is not None:
+        counts = counts - (taken >= 0).sum(axis=1)
+    ranks = {int(n): ranks_of(int(n)) for n in np.unique(counts)}
     sampled = np.full((len(queries), max(map(len, ranks.values()))), -1, dtype=np.int64)
     for rows, scores in score_blocks(queries, documents, dataset.repeats, product):
+        if taken is not None:
+            block_rows, columns = np.nonzero(taken[rows] >= 0)
+            scores[block_rows, taken[rows][block_rows, columns]] = -np.inf
         for query, candidates, own_scores in candidate_scores(rows, scores, dataset):
-            chosen = top_documents(own_scores, ranks[len(own_scores)])
+            chosen = top_documents(own_scores, ranks[int(counts[query])])
             sampled[query, : len(chosen)] = chosen if candidates is None else candidates[chosen]
     return sampled
 
 
-def measure(rows: slice, scores: np.ndarray, dataset: RetrievalDataset) -> dict[str, np.ndarray]:
-    """Metrics of a block of queries, float64 [B] by name, from cosines float32 [B, N]."""
-    metrics = {name: np.empty(len(scores)) for name in METRICS}
-    relevance = dataset.relevance
-    for query, candidates, own_scores in candidate_scores(rows, scores, dataset):
-        relevant = relevance.indices[relevance.indptr[query] : relevance.indptr[query + 1]]
-        if candidates is not None:
-            relevant = np.searchsorted(candidates, relevant)
-        for name, value in query_metrics(own_scores, relevant).items():
-            metrics[name][query - rows.start] = value
-    return metrics
+def put_scored_first(scores: np.ndarray, sampled: np.ndarray, teacher_scores: np.ndarray) -> None:
+    """Rerank in place: the documents with a teacher's score come first, in its order; the others stay as they were.
+
+    Args:
+        scores: float32 [B, N], cosines; those of scored documents become values from 2 to 3, by their place.
+        sampled: int64 [B, K], document indices; -1 for none.
+        teacher_scores: float32 [B, K], NaN for none; equal ones keep the order that the cosines give.
+    """
+    for row, own, said in zip(scores, sampled, teacher_scores, strict=True):
+        known = np.flatnonzero(~np.isnan(said) & (own >= 0))
+        order = known[np.lexsort((own[known], -row[own[known]], -said[known]))]
+        row[own[order]] = 3 - np.arange(len(order)) / max(1, len(order))
 
 
-def measure_queries(queries: np.ndarray, documents: np.ndarray, dataset: RetrievalDataset) -> dict[str, np.ndarray]:
-    """Metrics of all queries, float64 [Q] by name; arguments as for :func:`score_blocks`."""
-    blocks = [measure(rows, scores, dataset) for rows, scores in score_blocks(queries, documents, dataset.repeats)]
-    return {name: np.concatenate([block[name] for block in blocks]) for name in METRICS}
+class Measures:
+    """Metrics of all queries, gathered block by block.
+
+    Args:
+        dataset: for relevance, candidates and pairs of queries.
+        scored: bool csr_array [Q, N], the documents that a teacher has scored; None where there is no teacher.
+    """
+
+    def __init__(self, dataset: RetrievalDataset, scored: csr_array | None = None) -> None:
+        self._dataset, self._scored = dataset, scored
+        self._metrics = {name: np.empty(len(dataset.queries)) for name in METRICS}
+        self._changed = {int(query): row for row, pair in enumerate(dataset.query_pairs) for query in pair}
+        self._changed_ranks: dict[int, np.ndarray] = {}
+
+    def add(self, rows: slice, scores: np.ndarray) -> None:
+        """Measure a block of queries; scores float32 [B, N]."""
+        for query, candidates, own_scores in candidate_scores(rows, scores, self._dataset):
+            relevant = _places(self._dataset.relevance, query, candidates)
+            scored = None if self._scored is None else _places(self._scored, query, candidates)
+            for name, value in query_metrics(own_scores, relevant, scored).items():
+                self._metrics[name][query] = value
+            if query in self._changed:
+                changed = self._dataset.changed_documents[self._changed[query]]
+                self._changed_ranks[query] = ranks_of(own_scores, _among(candidates, changed))[0]
+
+    def result(self) -> dict[str, np.ndarray]:
+        """Each metric, float64 [Q]; ``p_mrr`` of a pair stands with its changed query, NaN elsewhere."""
+        if not len(self._dataset.query_pairs):
+            return self._metrics
+        values = np.full(len(self._dataset.queries), math.nan)
+        for original, changed in self._dataset.query_pairs:
+            if len(self._changed_ranks[changed]):
+                values[changed] = p_mrr(self._changed_ranks[original], self._changed_ranks[changed])
+        return self._metrics | {P_MRR: values}
+
+
+def _places(matrix: csr_array, query: int, candidates: np.ndarray | None) -> np.ndarray:
+    """The columns of a row, as positions among the query's candidates."""
+    return _among(candidates, row_of(matrix, query))
+
+
+def _among(candidates: np.ndarray | None, documents: np.ndarray) -> np.ndarray:
+    """Positions of documents among the candidates (document indices; None for all)."""
+    return documents if candidates is None else np.searchsorted(candidates, documents)
+
+
+def measure_queries(
+    queries: np.ndarray, documents: np.ndarray, dataset: RetrievalDataset, scored: csr_array | None = None
+) -> dict[str, np.ndarray]:
+    """Metrics of all queries, float64 [Q] by name; arguments as for :func:`score_blocks` and :class:`Measures`."""
+    measures = Measures(dataset, scored)
+    for rows, scores in score_blocks(queries, documents, dataset.repeats):
+        measures.add(rows, scores)
+    return measures.result()

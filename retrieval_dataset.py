@@ -18,6 +18,7 @@ from scipy.sparse import csr_array
 from errors import UserError
 
 TASK_TYPES = ("classification", "search")
+ORIGINAL, CHANGED = "-og", "-changed"  # ends of the ids of a pair of queries
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,28 @@ class RetrievalDataset:
                 digest.update(matrix.indptr.astype(np.int64).tobytes() + matrix.indices.astype(np.int64).tobytes())
         return digest.hexdigest()
 
+    @functools.cached_property
+    def query_pairs(self) -> np.ndarray:
+        """Queries that differ in their instruction, int64 [P, 2]: ids ending in ``-og`` and ``-changed`` (FollowIR)."""
+        rows = {query_id: row for row, query_id in enumerate(self.query_ids)}
+        stems = (name.removesuffix(ORIGINAL) for name in rows if name.endswith(ORIGINAL))
+        pairs = [(rows[stem + ORIGINAL], rows[stem + CHANGED]) for stem in stems if stem + CHANGED in rows]
+        return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+    @functools.cached_property
+    def changed_documents(self) -> list[np.ndarray]:
+        """Of each pair the documents that are relevant to its original query and no more to the changed one.
+
+        Only candidates of both.
+        """
+        changed = []
+        for original_query, changed_query in self.query_pairs:
+            lost = np.setdiff1d(row_of(self.relevance, original_query), row_of(self.relevance, changed_query))
+            if self.candidates is not None:
+                lost = np.intersect1d(lost, row_of(self.candidates, changed_query))
+            changed.append(lost)
+        return changed
+
     def candidate_counts(self) -> np.ndarray:
         """int64 [Q]: how many candidates each query has."""
         if self.candidates is None:
@@ -110,6 +133,11 @@ class RetrievalDataset:
             "task_type": self.task_type,
             "fingerprint": self.fingerprint,
         }
+
+
+def row_of(matrix: csr_array, row: int) -> np.ndarray:
+    """The columns of one row of a sparse matrix, int [n]."""
+    return matrix.indices[matrix.indptr[row] : matrix.indptr[row + 1]]
 
 
 def pairs_to_matrix(pairs: Iterable[tuple[int, int]], n_queries: int, n_documents: int) -> csr_array:

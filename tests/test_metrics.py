@@ -8,7 +8,7 @@ import pytest
 from ir_measures import AP, RR, P, R, Success, nDCG
 from sklearn.metrics import roc_auc_score
 
-from metrics import CUTOFFS, METRICS, mean_metrics, query_metrics, top_documents
+from metrics import CUTOFFS, METRICS, RESIDUAL_METRICS, mean_metrics, p_mrr, query_metrics, top_documents
 
 MEASURES = {
     "map": AP,
@@ -70,3 +70,49 @@ def test_top_documents_are_the_head_of_a_stable_sort(n, distinct):
     whole = np.argsort(-scores, kind="stable")
     for ranks in (np.arange(min(n, 20)), rng.permutation(n), np.array([], dtype=int)):
         assert np.array_equal(top_documents(scores, ranks), whole[ranks])
+
+
+@pytest.mark.parametrize("distinct", [1, 5, None])
+@pytest.mark.parametrize("seed", range(6))
+def test_residual_metrics_are_those_of_the_ranking_without_the_scored_documents(distinct, seed):
+    rng = np.random.default_rng(seed)
+    n = 150
+    scores = rng.standard_normal(n).astype(np.float32)
+    if distinct:
+        scores = rng.choice(rng.standard_normal(distinct), n).astype(np.float32)
+    relevant = np.sort(rng.choice(n, 40, replace=False))
+    scored = np.sort(rng.choice(n, 20, replace=False))
+    found = query_metrics(scores, relevant, scored)
+    left = np.setdiff1d(np.arange(n), scored)
+    rest = query_metrics(scores[left], np.flatnonzero(np.isin(left, relevant)))
+    assert found["residual_map"] == pytest.approx(rest["map"], abs=1e-12)
+    assert found["residual_recall_at_50"] == pytest.approx(rest["recall_at_50"], abs=1e-12)
+    assert {m: found[m] for m in METRICS[:-2]} == {m: query_metrics(scores, relevant)[m] for m in METRICS[:-2]}
+
+
+def test_residual_metrics_need_a_teacher_and_something_left_to_find():
+    scores, relevant = np.array([0.3, 0.1, 0.2], dtype=np.float32), np.array([0, 2])
+    for scored in (None, np.array([0, 2]), np.array([0, 1, 2])):
+        assert all(math.isnan(query_metrics(scores, relevant, scored)[name]) for name in RESIDUAL_METRICS)
+    nothing_scored = query_metrics(scores, relevant, np.array([], dtype=int))
+    assert nothing_scored["residual_map"] == nothing_scored["map"]
+
+
+@pytest.mark.parametrize(
+    ("original", "changed", "expected"),
+    [
+        # As published: MRR_og / MRR_new - 1 where the rank got better (R_og > R_new), else 1 - MRR_new / MRR_og.
+        (1, 1, 0.0),
+        (1, 2, 1 - (1 / 2) / (1 / 1)),
+        (1, 100, 1 - (1 / 100) / (1 / 1)),
+        (10, 1, (1 / 10) / (1 / 1) - 1),
+        (4, 5, 1 - (1 / 5) / (1 / 4)),
+        (5, 4, (1 / 5) / (1 / 4) - 1),
+    ],
+)
+def test_p_mrr_is_as_published(original, changed, expected):
+    assert p_mrr(np.array([original - 1]), np.array([changed - 1])) == pytest.approx(expected, abs=1e-12)
+
+
+def test_p_mrr_is_a_mean_over_documents():
+    assert p_mrr(np.array([0, 9, 4]), np.array([1, 0, 4])) == pytest.approx((0.5 - 0.9 + 0) / 3)

@@ -8,8 +8,9 @@ from conftest import write_folder_dataset
 import ranking
 from dataset_loaders import load_dataset
 from metrics import METRICS
-from ranking import measure, sample_documents, sampled_ranks, score_blocks, unit_length
+from ranking import Measures, sample_documents, sampled_ranks, score_blocks, unit_length
 from results import RawScoresWriter
+from retrieval_dataset import pairs_to_matrix
 
 
 def random_dataset(folder, n_documents=90, n_queries=11, with_candidates=False, seed=0):
@@ -26,16 +27,22 @@ def random_dataset(folder, n_documents=90, n_queries=11, with_candidates=False, 
     return load_dataset(str(folder), "unused"), vectors[0], unit_length(vectors[1])
 
 
+def scored_csr(dataset, sampled):
+    pairs = [(int(query), int(sampled[query, k])) for query, k in np.argwhere(sampled >= 0)]
+    return pairs_to_matrix(pairs, len(dataset.queries), len(dataset.documents))
+
+
 def whole_ranking(dataset, queries, documents, path):
     """Samples, metrics and raw scores, as a run makes them."""
     sampled = sample_documents(queries, documents, dataset, lambda n: sampled_ranks(n, 12, 5, 42))
     teacher = np.where(sampled >= 0, sampled * 0.5, np.nan).astype(np.float32)
-    blocks = []
+    measures, n_blocks = Measures(dataset, scored_csr(dataset, sampled)), 0
     with RawScoresWriter(path, dataset) as raw:
         for rows, scores in score_blocks(queries, documents, dataset.repeats):
-            blocks.append(measure(rows, scores, dataset))
+            measures.add(rows, scores)
+            n_blocks += 1
             raw.write(rows, scores, sampled[rows], teacher[rows])
-    return sampled, {name: np.concatenate([block[name] for block in blocks]) for name in METRICS}, len(blocks)
+    return sampled, measures.result(), n_blocks
 
 
 @pytest.mark.parametrize("with_candidates", [False, True])
