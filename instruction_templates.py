@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ AnyDataset = RetrievalDataset | DatasetFacts  # a name, a task type, an instruct
 SECTIONS = ("embedding_models", "dataset_instructions")
 # A file of one's own may leave these out and gets those of the shipped file.
 PROMPT_SECTIONS = ("judge_prompts", "hyde_prompts", "causal_rerankers")
+JUDGE_NEEDED = {"task", "yes_no", "verbalized"}
+JUDGE_MORE = ("groupwise", "groupwise_document", "groupwise_repair")  # taken from the shipped file where left out
 SHIPPED = Path(__file__).resolve().parent / "instruction_templates.yaml"
 MOST_PROBLEMS = 3
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -82,9 +84,11 @@ def read_templates(path: str | Path) -> dict[str, Any]:
     if problems:
         more = [f"and {len(problems) - MOST_PROBLEMS} problems more"] if len(problems) > MOST_PROBLEMS else []
         raise UserError("\n".join(f"{where}: {problem}" for problem in problems[:MOST_PROBLEMS] + more))
-    if missing := [section for section in PROMPT_SECTIONS if section not in content]:
+    missing = [section for section in PROMPT_SECTIONS if section not in content]
+    if missing or not set(JUDGE_MORE) <= set(content["judge_prompts"]):
         shipped = read_templates(SHIPPED)
         content |= {section: shipped[section] for section in missing}
+        content["judge_prompts"] = shipped["judge_prompts"] | content["judge_prompts"]
     return content
 
 
@@ -111,12 +115,17 @@ def _instruction_problems(section: dict[Any, Any]) -> Iterator[str]:
 
 
 def _judge_problems(section: Any) -> Iterator[str]:
-    if not isinstance(section, dict) or set(section) != {"task", "yes_no", "verbalized"}:
-        yield "judge_prompts must have 'task', 'yes_no' and 'verbalized' and nothing else"
+    if not isinstance(section, dict) or not JUDGE_NEEDED <= set(section) <= {*JUDGE_NEEDED, *JUDGE_MORE}:
+        needed, more = (" and ".join(map(repr, names)) for names in (sorted(JUDGE_NEEDED), JUDGE_MORE))
+        yield f"judge_prompts must have {needed}, may have {more}, and nothing else"
         return
     yield from _template_problem("judge_prompts, task", section["task"], {"instruction"})
     for mode in ("yes_no", "verbalized"):
         yield from _template_problem(f"judge_prompts, {mode}", section[mode], {"query", "document"}, {"task"})
+    placeholders = ({"query", "documents"}, {"task"}), ({"number", "document"},), ({"problem"},)
+    for name, allowed in zip(JUDGE_MORE, placeholders, strict=True):
+        if name in section:
+            yield from _template_problem(f"judge_prompts, {name}", section[name], *allowed)
 
 
 def _hyde_problems(section: Any) -> Iterator[str]:
@@ -228,16 +237,34 @@ class JudgePrompts:
 
     Attributes:
         yes_no, verbalized: templates with ``{query}``, ``{document}`` and perhaps ``{task}``.
+        groupwise: template with ``{query}``, ``{documents}`` and perhaps ``{task}``.
+        groupwise_document: what ``{documents}`` has for each, with ``{number}`` and ``{document}``.
+        groupwise_repair: what is said of an answer that is none, with ``{problem}``.
         task: what stands for ``{task}``; empty for search datasets.
     """
 
     yes_no: str
     verbalized: str
+    groupwise: str
+    groupwise_document: str
+    groupwise_repair: str
     task: str
 
     def fill(self, mode: str, query: str, document: str) -> str:
         """The prompt for one pair; ``mode`` is "yes_no" or "verbalized"."""
         return _fill(getattr(self, mode), task=self.task, query=query, document=document)
+
+    def fill_group(self, query: str, documents: Sequence[str]) -> str:
+        """The prompt for all documents of a query, numbered from 1."""
+        numbered = [
+            _fill(self.groupwise_document, number=str(number), document=document)
+            for number, document in enumerate(documents, 1)
+        ]
+        return _fill(self.groupwise, task=self.task, query=query, documents="\n\n".join(numbered))
+
+    def fill_repair(self, problem: str) -> str:
+        """What is said of an answer to the prompt for a group that is none."""
+        return _fill(self.groupwise_repair, problem=problem)
 
 
 @dataclass(frozen=True)
@@ -282,7 +309,8 @@ def _task(template: str, otherwise: str, content: dict[str, Any], dataset: AnyDa
 def judge_prompts(content: dict[str, Any], dataset: AnyDataset) -> JudgePrompts:
     """The judge's prompts on one dataset."""
     section = content["judge_prompts"]
-    return JudgePrompts(section["yes_no"], section["verbalized"], _task(section["task"], "", content, dataset))
+    named = {name: section[name] for name in ("yes_no", "verbalized", *JUDGE_MORE)}
+    return JudgePrompts(**named, task=_task(section["task"], "", content, dataset))
 
 
 def hyde_prompt(content: dict[str, Any], dataset: AnyDataset) -> HydePrompt:

@@ -108,7 +108,7 @@ class LanguageModel:
     def answer(
         self,
         questions: Iterable[Question],
-        read: Callable[[Any], Any],
+        read: Callable[[Any], Any] | None,
         cache: RecordCache,
         parameters: Mapping[str, Any],
         *,
@@ -122,7 +122,8 @@ class LanguageModel:
         Args:
             questions: made as they are needed, so a hundred thousand need no memory.
             read: from a completion (``openai.types.chat.ChatCompletion``) to its value; may raise
-                :class:`UnreadableAnswerError`, :class:`NoAnswerError` or :class:`NoLogprobsError`.
+                :class:`UnreadableAnswerError`, :class:`NoAnswerError` or :class:`NoLogprobsError`. None where each
+                question brings its own.
             cache: where values go; what another process stored there meanwhile is not asked again.
             parameters: of the call, beside model and messages; sent as this service and model want them.
             total: how many questions there are.

@@ -127,6 +127,7 @@ class LLMJudge:
         }
         # Two addresses may serve one model differently.
         self._facts = model.records(cache_dir, "facts", float, address=model.address.base_url)
+        self.bounded = True
         self._is_fixed = score_mode != "auto"
         self.score_mode: str | None = score_mode if self._is_fixed else None
 

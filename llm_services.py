@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -176,7 +176,18 @@ class NoAnswerError(Exception):
 
 
 class UnreadableAnswerError(Exception):
-    """An answer came that is none; asking again may help."""
+    """An answer came that is none; asking again may help.
+
+    Attributes:
+        follow_up: messages that go behind the question's own when it is asked again, such as the answer and what is
+            wrong with it.
+        partial: a value that will do when that does not help either; None for none.
+    """
+
+    def __init__(self, reason: str, follow_up: Sequence[dict[str, str]] = (), partial: Any = None) -> None:
+        super().__init__(reason)
+        self.follow_up = list(follow_up)
+        self.partial = partial
 
 
 class NoLogprobsError(Exception):

@@ -55,11 +55,13 @@ class Question:
         key: of its record.
         messages: as the endpoint takes them.
         about: what the record says of itself, for people.
+        read: from a completion to its value, where that depends on the question.
     """
 
     key: str
     messages: list[dict[str, str]]
     about: dict[str, str]
+    read: Callable[[Any], Any] | None = None
 
 
 class _StoppedError(Exception):
@@ -72,7 +74,7 @@ class Work:
 
     model: LanguageModel
     questions: Iterator[Question]
-    read: Callable[[Any], Any]
+    read: Callable[[Any], Any] | None
     cache: RecordCache
     parameters: dict[str, Any]
     bearable: int
@@ -177,16 +179,21 @@ class Work:
         """One question, with its retries; returns its value, and the tokens of all its answers."""
         tries = waits = unreadable = 0
         paid, answers_before = (0, 0), self.answers
+        messages, partial = question.messages, None
         while True:
             try:
-                completion = await self.call(question.messages)
+                completion = await self.call(messages)
                 tokens = self.model.usage.count(completion)
                 paid = (paid[0] + tokens[0], paid[1] + tokens[1])
-                return self.value_of(completion), paid
+                return self.value_of(completion, question), paid
             except UnreadableAnswerError as error:
                 unreadable += 1
+                partial = error.partial or partial
                 if unreadable > UNREADABLE_RETRIES:
+                    if partial:
+                        return partial, paid
                     raise NoAnswerError(str(error)) from None
+                messages = [*question.messages, *error.follow_up]
                 self.model.usage.retries += 1
             except RefusedParameterError as error:
                 self.do_without(str(error))
@@ -203,10 +210,10 @@ class Work:
             if self.stopped.done():
                 raise _StoppedError
 
-    def value_of(self, completion: Any) -> Any:
+    def value_of(self, completion: Any, question: Question) -> Any:
         """What ``read`` makes of an answer; endpoints send answers of any shape."""
         try:
-            value = self.read(completion)
+            value = (question.read or self.read)(completion)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise UnreadableAnswerError(f"an answer of another shape ({type(error).__name__})") from None
         if isinstance(value, float) and not math.isfinite(value):

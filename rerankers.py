@@ -1,14 +1,14 @@
 """Teachers: queries with their sampled documents in, scores out; one factory by name. Knows no vector.
 
-A teacher is an object with ``name``, ``identity``, ``score_mode``, ``usage``, ``has_worked()``, ``load(dataset)``,
-``score(dataset, sampled)`` and ``count_known(dataset, sampled)``. To add one, write such a class and enter its names in
-``reranker_kind``, its making in ``find_reranker`` and what its scores depend on in ``teacher_setup``. What runs here is
-in ``local_rerankers.py``, what is asked over a network in ``llm_judge.py``.
+A teacher is an object with ``name``, ``identity``, ``score_mode``, ``bounded``, ``usage``, ``has_worked()``,
+``load(dataset)``, ``score(dataset, sampled)`` and ``count_known(dataset, sampled)``. To add one, write such a class
+and enter its names in ``reranker_kind``, its making in ``find_reranker`` and what its scores depend on in
+``teacher_setup``. What needs no model is in ``free_rerankers.py``, models that run here in ``local_rerankers.py``, what
+is asked over a network in ``llm_judge.py`` and ``groupwise_judge.py``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -17,6 +17,8 @@ import numpy as np
 
 from errors import UserError, is_folder
 from experiment_config import ExperimentConfig
+from free_rerankers import FREE_NAMES, BM25Reranker, GoldReranker, NoisyGoldReranker, noisy_gold_identity
+from groupwise_judge import GROUPWISE, GroupwiseJudge
 from instruction_templates import causal_prompt, judge_prompts
 from llm_client import Usage, language_model
 from llm_judge import LLMJudge, judge_identity
@@ -36,12 +38,14 @@ class Reranker(Protocol):
         name: for results and logs.
         identity: what its scores depend on, JSON-able: two teachers with the same identity give the same scores.
         score_mode: what its scores are; None while an endpoint has yet to show what it gives.
+        bounded: whether they are shares from 0 to 1.
         usage: of a language model's calls; None where there are none.
     """
 
     name: str
     identity: Any
     score_mode: str | None
+    bounded: bool
     usage: Usage | None
 
     def has_worked(self) -> bool:
@@ -57,44 +61,20 @@ class Reranker(Protocol):
 
         Args:
             dataset: the texts, and what else a teacher may look at.
-            sampled: int64 [Q, K], document indices; -1 where a query has fewer than K candidates.
+            sampled: int64 [..., Q, K], document indices; -1 where a query has fewer than K candidates. With more than
+                two axes several samples of each query; a teacher that compares documents compares those of one.
 
         Returns:
-            float32 [Q, K]; NaN where there is no document or no score.
+            float32 [..., Q, K]; NaN where there is no document or no score.
         """
         ...
 
     def count_known(self, dataset: RetrievalDataset, sampled: np.ndarray) -> tuple[int, int]:
-        """How many different scores a sample takes, and how many of them are there already; asks nothing."""
+        """How many answers a sample takes, and how many of them are there already; asks nothing.
+
+        An answer is what one question gives: the score of a pair, or of all documents of a group.
+        """
         ...
-
-
-class GoldReranker:
-    """The gold labels as teacher: 1 for a relevant document, 0 for another. An oracle."""
-
-    name = "gold labels (oracle)"
-    identity = "gold"
-    score_mode = "gold labels"
-    usage = None
-
-    def has_worked(self) -> bool:
-        """See :class:`Reranker`."""
-        return True
-
-    def load(self, dataset: RetrievalDataset) -> None:
-        """See :class:`Reranker`; there is nothing to load."""
-
-    def score(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
-        """See :class:`Reranker`."""
-        relevance = dataset.relevance
-        rows = (relevance.indices[a:b] for a, b in zip(relevance.indptr, relevance.indptr[1:], strict=False))
-        scores = np.array([np.isin(row, wanted) for row, wanted in zip(sampled, rows, strict=True)], dtype=np.float32)
-        return np.where(sampled >= 0, scores, np.float32(math.nan))
-
-    def count_known(self, dataset: RetrievalDataset, sampled: np.ndarray) -> tuple[int, int]:
-        """See :class:`Reranker`."""
-        count = int((sampled >= 0).sum())
-        return count, count
 
 
 # --- By name ---------------------------------------------------------------------------------------------------------
@@ -104,8 +84,10 @@ def reranker_kind(name: str) -> tuple[str, str]:
     """What runs a teacher of this name, and the model's own name.
 
     Returns:
-        ("cross-encoder", model), ("causal", model) or ("endpoint", model).
+        ("bm25", ""), ("gold-noisy", ""), ("cross-encoder", model), ("causal", model) or ("endpoint", model).
     """
+    if name in FREE_NAMES:
+        return name, ""
     prefix, _, model = name.partition("/")
     if prefix == "CrossEncoder":
         return "cross-encoder", model
@@ -125,6 +107,8 @@ def check_reranker(config: ExperimentConfig) -> None:
     if config.optimize_with_gold or not config.needs_teacher:
         return
     kind, model = reranker_kind(config.reranker_model)
+    if kind in FREE_NAMES:
+        return
     prefix = config.reranker_model.partition("/")[0]
     if not model.strip():
         raise UserError(f"{FLAG}: got {config.reranker_model!r}, must name a model behind the prefix")
@@ -151,6 +135,10 @@ def teacher_setup(config: ExperimentConfig, prompts: Mapping[str, Any], dataset:
     if config.optimize_with_gold:
         return GoldReranker.identity
     kind, name = reranker_kind(config.reranker_model)
+    if kind == BM25Reranker.name:
+        return BM25Reranker.identity
+    if kind == NoisyGoldReranker.name:
+        return noisy_gold_identity(config)
     if kind == "endpoint":
         own_prompts = judge_prompts(prompts, dataset)
         return judge_identity(full_name(name), config.llm_score_mode, own_prompts, config.judge_max_characters)
@@ -161,6 +149,11 @@ def teacher_setup(config: ExperimentConfig, prompts: Mapping[str, Any], dataset:
         "max_tokens": config.reranker_max_tokens,
         "prompt": asdict(causal_prompt(prompts, name, dataset)) if kind == "causal" else None,
     }
+
+
+def costs_nothing(setup: Any) -> bool:
+    """Whether a teacher, by what :func:`teacher_setup` says of it, needs no model; there may be none at all."""
+    return setup is None or setup == GoldReranker.identity or setup.get("kind") in FREE_NAMES
 
 
 def _dtype(config: ExperimentConfig, kind: str) -> str:
@@ -186,6 +179,19 @@ def find_reranker(
     if config.optimize_with_gold:
         return GoldReranker()
     kind, name = reranker_kind(config.reranker_model)
+    if kind == BM25Reranker.name:
+        return BM25Reranker()
+    if kind == NoisyGoldReranker.name:
+        return NoisyGoldReranker(config.teacher_flip_rate, config.teacher_noise, config.random_seed)
+    if kind == "endpoint" and config.llm_score_mode == GROUPWISE:
+        return GroupwiseJudge(
+            language_model(FLAG, name, config),
+            judge_prompts(prompts, dataset),
+            max_characters=config.judge_max_characters,
+            seed=config.random_seed,
+            max_failed=config.max_failed_scores,
+            cache_dir=config.cache_dir,
+        )
     if kind == "endpoint":
         return LLMJudge(
             language_model(FLAG, name, config),

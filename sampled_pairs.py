@@ -23,8 +23,8 @@ class SampledPairs:
 
     Attributes:
         dataset: whose queries and documents.
-        sampled: int64 [Q, K], document indices; -1 for none.
-        places: int64 [P, 2], rows and columns of the sample that hold a document.
+        sampled: int64 [..., Q, K], document indices; -1 for none.
+        places: int64 [P, 2 or more], where the sample holds a document.
         keys: P keys; pairs of equal texts have the same.
         first: key to (query, document), indices of the first such pair.
     """
@@ -40,10 +40,9 @@ class SampledPairs:
         return {key: pair for key, pair in self.first.items() if key not in cache}
 
     def scores(self, cache: RecordCache) -> np.ndarray:
-        """float32 [Q, K] from the cache; NaN where it has none."""
+        """float32 [..., Q, K] from the cache; NaN where it has none."""
         scores = np.full(self.sampled.shape, math.nan, dtype=np.float32)
-        values = [cache[key].value if key in cache else math.nan for key in self.keys]
-        scores[self.places[:, 0], self.places[:, 1]] = values
+        scores[tuple(self.places.T)] = [cache[key].value if key in cache else math.nan for key in self.keys]
         return scores
 
     def check_failures(self, failures: Mapping[str, object], most: float, advice: str) -> None:
@@ -79,11 +78,11 @@ def sampled_pairs(
 
     Args:
         dataset: whose queries and documents.
-        sampled: int64 [Q, K], document indices; -1 for none.
+        sampled: int64 [..., Q, K], document indices; -1 for none.
         key_of: from (query, document), indices, to the key of the pair's record.
     """
     places = np.argwhere(sampled >= 0)
-    pairs = [(int(query), int(sampled[query, column])) for query, column in places]
+    pairs = [(int(place[-2]), int(sampled[tuple(place)])) for place in places]
     known: dict[tuple[int, int], str] = {}
     keys = [known.get(pair) or known.setdefault(pair, key_of(*pair)) for pair in pairs]
     first: dict[str, tuple[int, int]] = {}

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 
 MODEL, KEY = "judge-1", "sk-test-key-of-the-endpoint"
@@ -137,6 +138,19 @@ class Endpoint:
         self.send(writer, int(kind), {"error": {"message": self.options.message or f"fault {kind}"}}, **headers)
         return True
 
+    def group_scores(self, messages):
+        """An integer for each numbered document, which follows from its text; at first a wrong answer, as told."""
+        texts = re.findall(r"^Document \d+: (.*)$", messages[0]["content"], re.M)
+        scores = {str(number): int(share(digest_of(text)) * 11) for number, text in enumerate(texts, 1)}
+        faults = self.options.groups
+        if faults == "prose" or (faults == "first prose" and len(messages) == 1):
+            return "All of them are quite good."
+        if faults == "partial" or (faults == "first partial" and len(messages) == 1):
+            scores.popitem()
+        if faults == "fenced":
+            return f"<think>One by one.</think>```json\n{json.dumps(scores)}\n```"
+        return json.dumps(scores)
+
     def complete(self, body, digest):
         part = share(digest)
         if self.options.shape:
@@ -147,6 +161,8 @@ class Endpoint:
             top = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in tops.items()]
             first = {"token": "Yes", "logprob": math.log(yes), "bytes": None, "top_logprobs": top}
             return completion(body, "Yes", {"content": [first]}, "stop")
+        if "JSON object" in body["messages"][0]["content"]:
+            return completion(body, self.group_scores(body["messages"]), None, "stop")
         if "0 to 100" in json.dumps(body["messages"]):
             return completion(body, f"{part * 100:.0f}" if part >= self.options.unreadable else "Hard to say.", None, "stop")
         if body.get("temperature"):
@@ -189,6 +205,7 @@ def parse_options():
     parser.add_argument("--message", help="what failing requests say")
     parser.add_argument("--filtered", type=float, default=0.0, help="share of prompts that the content filter refuses")
     parser.add_argument("--unreadable", type=float, default=0.0, help="share of prompts whose number is none")
+    parser.add_argument("--groups", help="how scores of groups are wrong: prose, partial, first prose, first partial, fenced")
     parser.add_argument("--logprobs", type=int, default=1)
     parser.add_argument("--most_top_logprobs", type=int, default=20)
     parser.add_argument("--silent", type=float, default=0.0, help="share of prompts answered without logprobs")
