@@ -9,29 +9,39 @@ Read from top to bottom this is the method of arXiv 2605.12487; how each step is
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
-import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from dataset_loaders import dataset_facts, load_dataset
 from devices import choose_device
 from errors import UserError, run_command
 from experiment_config import ExperimentConfig, parse_arguments
+from feedback import Start, ask_teacher, choose_start, next_documents, refine, scored_documents
 from instruction_templates import fill_templates, read_templates, templates_for
-from metrics import METRICS, mean_metrics
-from ranking import measure, measure_queries, sample_documents, sampled_ranks, score_blocks, unit_length
-from results import TABLE_METRICS, RunFolder, comparison_table, package_versions, write_json
+from metrics import mean_metrics
+from ranking import Measures, measure_queries, put_scored_first, score_blocks, unit_length
+from results import (
+    GATED,
+    REFINED_FROM,
+    RERANKED_FROM,
+    TABLE_METRICS,
+    RunFolder,
+    comparison_table,
+    package_versions,
+    write_json,
+)
 from retrieval_dataset import RetrievalDataset
 from run_log import log_to_file, start_logging
 from run_setup import Run, check_run, load_models, prepare, run_hash, run_name, run_sources
@@ -40,10 +50,6 @@ if TYPE_CHECKING:
     from query_refinement import Refinement
 
 logger = logging.getLogger(__name__)
-GATHER_BYTES = 1 << 29  # scored documents' vectors held at once
-TRAJECTORY_EVERY = 10
-# The refined variants, and the query each starts from.
-REFINED_FROM = {"optimized_embeddings": "embeddings", "optimized_hyde_embeddings": "hyde"}
 
 
 # --- The run ---------------------------------------------------------------------------------------------------------
@@ -54,21 +60,6 @@ def main() -> None:
     started = time.perf_counter()
     config = parse_arguments("Refine query vectors with a teacher's scores and measure the gain.")
     run(config, start_logging(), started)
-
-
-@dataclass(frozen=True)
-class Start:
-    """A query vector that refinement may start from, and what the teacher said of the documents it was shown.
-
-    Attributes:
-        vectors: float32 [Q, D].
-        sampled: int64 [Q, K], document indices, -1 for none; K is 0 where nothing is refined from here.
-        teacher_scores: float32 [Q, K], NaN for none.
-    """
-
-    vectors: np.ndarray
-    sampled: np.ndarray
-    teacher_scores: np.ndarray
 
 
 def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
@@ -138,47 +129,70 @@ def compute(this: Run, folder: RunFolder, seconds: dict[str, float]) -> dict[str
             vectors["hyde"] = hyde_vectors(vectors["embeddings"], passages, this)
     embedder.unload()
 
-    # 2. Rank the candidates by each query that is to be refined, and sample some for the teacher.
-    refined_from = {variant: start for variant, start in REFINED_FROM.items() if variant in config.variants}
-    with stage("sample documents", seconds):
-        samples = {
-            start: sample_documents(vectors[start], documents, dataset, partial(ranks_for_teacher, config))
-            for start in refined_from.values()
-        }
+    # 2. Have a teacher score a few documents of each query, and move the query until it agrees about them.
+    starts, refinements = refine_in_rounds(this, vectors, documents, seconds)
 
-    # 3. The teacher scores them, all queries in one call.
-    with stage("teacher scores", seconds):
-        starts = ask_teacher(this, vectors, samples)
-
-    # 4. Move each query until its own distribution over these documents agrees with the teacher's.
-    refinements = {}
-    for variant, start in refined_from.items():
-        with stage(f"refine {variant}", seconds):
-            refinements[variant] = refine(starts[start], documents, config, embedder.device)
-
-    # 5. Rank all candidates again by each variant of the query; measure and write.
+    # 3. Rank all candidates again by each variant of the query; measure and write.
     folder.clear()
+    scored = scored_documents(starts.values(), dataset)
     means = {}
     for variant in config.variants:
-        start = starts[REFINED_FROM.get(variant, variant)]
-        queries = refinements[variant].vectors.numpy() if variant in refinements else start.vectors
+        name = (REFINED_FROM | RERANKED_FROM).get(variant, variant)
+        start = starts.get(name) or Start.unscored(vectors[name])
+        queries = refinements[name].vectors.numpy() if variant in REFINED_FROM else start.vectors
         with stage(f"measure and write {variant}", seconds):
-            metrics = evaluate(variant, queries, start, documents, dataset, folder)
+            metrics = evaluate(variant, queries, start, scored, documents, dataset, folder)
             teacher = {"teacher": this.teacher["name"], "score_mode": this.teacher["score_mode"]}
             folder.write_metrics(variant, dataset, metrics, teacher | dataclasses.asdict(config))
             means[variant] = mean_metrics(metrics)
-        if config.save_tensors and variant in refinements:
+        if config.save_tensors and variant in REFINED_FROM:
             with stage(f"measure steps of {variant}", seconds):
-                save_tensors(folder, variant, dataset, documents, start, refinements[variant])
-    return summarise(this, means, starts, passages if this.hyde else [])
+                save_tensors(folder, variant, dataset, documents, start, scored, refinements[name])
+    return summarise(this, means, starts, scored, passages if this.hyde else [])
+
+
+def refine_in_rounds(
+    this: Run, vectors: dict[str, np.ndarray], documents: np.ndarray, seconds: dict[str, float]
+) -> tuple[dict[str, Start], dict[str, Refinement]]:
+    """The heart of the method; once through the loop is the paper's, more rounds spend the same scores in parts.
+
+    Args:
+        this: the run.
+        vectors: "embeddings" and, with HyDE, "hyde": float32 [Q, D].
+        documents: float32 [N, D], of unit length.
+        seconds: of each stage; those of the rounds are added.
+
+    Returns:
+        by start what was scored, and its refinement.
+    """
+    config, dataset = this.config, this.dataset
+    names = [REFINED_FROM[variant] for variant in config.variants if variant in REFINED_FROM]
+    starts = {name: Start.unscored(vectors.get(name, vectors["embeddings"])) for name in names}
+    refinements: dict[str, Refinement] = {}
+    if not starts:
+        return starts, refinements
+    with stage("prepare refinement", seconds):
+        move = refiner(this, documents)
+    current = vectors
+    for number in range(config.feedback_rounds):
+        last = number == config.feedback_rounds - 1
+        # Rank the candidates by each query; the teacher sees some of those that it has not seen yet.
+        with stage("sample documents", seconds):
+            samples = next_documents(current, starts, documents, dataset, config, number)
+        # It scores them, all queries in one call.
+        with stage("teacher scores", seconds):
+            scores = ask_teacher(this.reranker, dataset, samples)
+            starts = {name: start.with_scores(samples[name], scores[name]) for name, start in starts.items()}
+        if number == 0 and GATED in starts:
+            starts[GATED] = gate(starts[GATED], vectors, documents, dataset)
+        # Move each query, from where it started, by all the scores so far.
+        with stage("refine queries", seconds):
+            refinements = {name: move(start, trajectory=config.save_tensors and last) for name, start in starts.items()}
+            current = {name: refinement.vectors.numpy() for name, refinement in refinements.items()}
+    return starts, refinements
 
 
 # --- Steps -----------------------------------------------------------------------------------------------------------
-
-
-def ranks_for_teacher(config: ExperimentConfig, n_candidates: int) -> np.ndarray:
-    """Which of a query's ranks the teacher gets to see, int64 [K]; every query draws afresh from the same seed."""
-    return sampled_ranks(n_candidates, config.total_scores, config.scores_from_top, config.random_seed)
 
 
 def hyde_vectors(queries: np.ndarray, passages: list[list[str]], this: Run) -> np.ndarray:
@@ -203,62 +217,63 @@ def hyde_vectors(queries: np.ndarray, passages: list[list[str]], this: Run) -> n
     return vectors
 
 
-def ask_teacher(this: Run, vectors: dict[str, np.ndarray], samples: dict[str, np.ndarray]) -> dict[str, Start]:
-    """Have all samples scored in one call, so that an endpoint stays busy; what two samples share is asked once."""
-    nothing = np.full((len(this.dataset.queries), 0), -1, dtype=np.int64)
-    samples = {start: samples.get(start, nothing) for start in vectors}
-    together = np.concatenate(list(samples.values()), axis=1)
-    scores = np.full(together.shape, math.nan, dtype=np.float32)
-    if this.reranker:
-        scores = this.reranker.score(this.dataset, together)
-    ends = np.cumsum([sampled.shape[1] for sampled in samples.values()])
-    parts = np.split(scores, ends[:-1], axis=1)
-    return {start: Start(vectors[start], samples[start], part) for start, part in zip(samples, parts, strict=True)}
-
-
-def refine(start: Start, documents: np.ndarray, config: ExperimentConfig, device: str) -> Refinement:
-    """Call ``refine_queries`` for all queries, in as few pieces as memory allows."""
+def refiner(this: Run, documents: np.ndarray) -> Callable[..., Refinement]:
+    """``refine`` as the flags want it, with what the method needs to know of the corpus."""
     import torch
 
-    from query_refinement import concatenate, refine_queries
+    from query_refinement import corpus_statistics
 
-    refit = {"normalise_scores": True, "normalise_cosines": True, "teacher_temperature": 2.0} if config.refit else {}
+    config, corpus = this.config, None
+    if config.refinement_method in ("whitened_ridge", "centred_ridge"):
+        corpus = corpus_statistics(torch.from_numpy(documents), device=this.embedder.device)
+    expects_shares = "neutral_score" in config.method_flags
+    return partial(
+        refine,
+        documents=documents,
+        dataset=this.dataset,
+        config=config,
+        device=this.embedder.device,
+        corpus=corpus,
+        normalise_scores=expects_shares and not this.reranker.bounded,
+    )
 
-    def refine_rows(rows: slice) -> Refinement:
-        inputs = (start.vectors[rows], documents[start.sampled[rows]], start.teacher_scores[rows])
-        refined = refine_queries(
-            *(torch.from_numpy(array).to(device) for array in inputs),
-            lr=config.lr,
-            num_steps=config.num_steps,
-            trajectory_every=TRAJECTORY_EVERY if config.save_tensors else None,
-            **refit,
-        )
-        return refined.cpu()
 
-    n_queries, k = start.sampled.shape
-    size = max(1, GATHER_BYTES // (4 * k * documents.shape[1]))
-    return concatenate([refine_rows(slice(first, first + size)) for first in range(0, n_queries, size)])
+def gate(start: Start, vectors: dict[str, np.ndarray], documents: np.ndarray, dataset: RetrievalDataset) -> Start:
+    """Let each query of a gated start begin with HyDE where that fits the teacher better; the choice is logged."""
+    from_hyde = choose_start(vectors["embeddings"], vectors["hyde"], documents, start.sampled, start.teacher_scores)
+    names = list(itertools.compress(dataset.query_ids, from_hyde))
+    logger.info("%s: %d of %d queries start from HyDE: %s", GATED, len(names), len(from_hyde), ", ".join(names))
+    chosen = np.where(from_hyde[:, None], vectors["hyde"], vectors["embeddings"])
+    return dataclasses.replace(start, vectors=chosen, from_hyde=from_hyde)
 
 
 def evaluate(
     variant: str,
     queries: np.ndarray,
     start: Start,
+    scored: csr_array | None,
     documents: np.ndarray,
     dataset: RetrievalDataset,
     folder: RunFolder,
 ) -> dict[str, np.ndarray]:
     """Rank all candidates by the queries; write raw scores; return each metric as float64 [Q]."""
-    blocks = []
+    measures = Measures(dataset, scored)
     with folder.raw_scores(variant, dataset) as raw:
         for rows, scores in score_blocks(queries, documents, dataset.repeats):
-            blocks.append(measure(rows, scores, dataset))
-            raw.write(rows, scores, start.sampled[rows], start.teacher_scores[rows])
-    return {name: np.concatenate([block[name] for block in blocks]) for name in METRICS}
+            own, said = start.sampled[rows], start.teacher_scores[rows]
+            if variant in RERANKED_FROM:
+                put_scored_first(scores, own, said)
+            measures.add(rows, scores)
+            raw.write(rows, scores, own, said)
+    return measures.result()
 
 
 def summarise(
-    this: Run, means: dict[str, dict[str, float]], starts: dict[str, Start], passages: list[list[str]]
+    this: Run,
+    means: dict[str, dict[str, float]],
+    starts: dict[str, Start],
+    scored: csr_array | None,
+    passages: list[list[str]],
 ) -> dict[str, Any]:
     """What ``summary.json`` says, less the times."""
     dataset = this.dataset
@@ -266,14 +281,21 @@ def summarise(
     if without:
         logger.warning("%d of %d queries have no relevant document; left out of means", without, len(dataset.queries))
     asked = sum(int((start.sampled >= 0).sum()) for start in starts.values())
-    scored = sum(int((~np.isnan(start.teacher_scores)).sum()) for start in starts.values())
+    known = sum(int((~np.isnan(start.teacher_scores)).sum()) for start in starts.values())
     summary = {
         "means": means,
         "queries": len(dataset.queries),
         "queries_without_relevant_documents": without,
-        "teacher": this.teacher | {"scores": scored, "missing": asked - scored},
+        "teacher": this.teacher | {"scores": known, "missing": asked - known},
         "embedding": this.embedder.counts,
     }
+    if scored is not None:
+        left = dataset.relevance.sum(axis=1) - dataset.relevance.multiply(scored).sum(axis=1)
+        summary["queries_without_unscored_relevant_documents"] = found_all = int((left == 0).sum()) - without
+        if found_all:
+            logger.info("residual metrics leave out %d queries that have no unscored relevant document", found_all)
+    if GATED in starts:
+        summary[GATED] = {"queries_from_hyde": list(itertools.compress(dataset.query_ids, starts[GATED].from_hyde))}
     if this.hyde:
         fallen_back = [name for name, own in zip(dataset.query_ids, passages, strict=True) if not own]
         if fallen_back:
@@ -303,16 +325,18 @@ def save_tensors(
     dataset: RetrievalDataset,
     documents: np.ndarray,
     start: Start,
+    scored: csr_array | None,
     refinement: Refinement,
 ) -> None:
     """Keep what refinement saw and did: enough to refine again, and to see how it went, without the corpus."""
     import torch
 
-    over_steps = [measure_queries(vectors, documents, dataset) for vectors in refinement.trajectory.numpy()]
-    by_step = np.array([[own[name] for name in METRICS] for own in over_steps], dtype=np.float32)
+    over_steps = [measure_queries(vectors, documents, dataset, scored) for vectors in refinement.trajectory.numpy()]
+    names = list(over_steps[0])
+    by_step = np.array([list(own.values()) for own in over_steps], dtype=np.float32)
     folder.write_tensors(
         variant,
-        {"query_ids": dataset.query_ids, "metrics": METRICS},
+        {"query_ids": dataset.query_ids, "metrics": names},
         {
             "query_vectors": torch.from_numpy(start.vectors),
             "refined_vectors": refinement.vectors,
@@ -339,11 +363,12 @@ def peak_memory_mb() -> int | None:
 
 @contextmanager
 def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Time one stage and say in the log when it is done."""
+    """Time one stage and say in the log when it is done; the times of one that comes again are added up."""
     started = time.perf_counter()
     yield
-    seconds[name] = time.perf_counter() - started
-    logger.info("%s: %.2f s", name, seconds[name])
+    took = time.perf_counter() - started
+    seconds[name] = seconds.get(name, 0.0) + took
+    logger.info("%s: %.2f s", name, took)
 
 
 def fail(folder: RunFolder, error: BaseException) -> None:

@@ -25,6 +25,25 @@ from typing import Any
 
 from errors import UserError
 
+# The refinement methods, and the flags that are about each.
+METHOD_FLAGS = {
+    "adam_kl": ("lr", "num_steps"),
+    "refit": ("lr", "num_steps"),
+    "rocchio": ("rocchio_alpha",),
+    "ridge": ("ridge_lambda", "neutral_score"),
+    "whitened_ridge": ("ridge_lambda", "neutral_score"),
+    "centred_ridge": ("ridge_lambda", "neutral_score"),
+}
+# What a method fills in where the user set nothing: for refit from arXiv 2305.11744, as given by the protocol.
+METHOD_DEFAULTS = {"refit": {"lr": 0.005}, "centred_ridge": {"neutral_score": 0.2}}
+# What can be computed beside the original query, and the variants that belong to it: with a refined query comes its
+# control, the scored documents put in the teacher's order and no other moved.
+COMPUTED = {
+    "optimized": ("reranked", "optimized_embeddings"),
+    "hyde": ("hyde",),
+    "optimized_hyde": ("reranked_hyde", "optimized_hyde_embeddings"),
+    "gated_hyde": ("gated_hyde",),
+}
 HERE = Path(__file__).resolve().parent
 TRUE_WORDS = ("true", "1", "yes")
 FALSE_WORDS = ("false", "0", "no")
@@ -52,6 +71,7 @@ POSITIVE = Rule(lambda value: value >= 1, "a whole number, 1 or more")
 NOT_NEGATIVE = Rule(lambda value: value >= 0, "a whole number, 0 or more")
 NOT_EMPTY = Rule(lambda value: bool(value and value.strip()), "a name, not an empty text")
 NOT_EMPTY_IF_SET = Rule(lambda value: value is None or bool(value.strip()), "a name, not an empty text")
+NOT_BELOW_ZERO = Rule(lambda value: math.isfinite(value) and value >= 0, "a finite number, 0 or more")
 SHARE = Rule(lambda value: 0 <= value <= 1, "a share from 0 to 1, such as 0.05")
 LONGEST_NAME = 240  # bytes; a file name may have 255
 DEVICE = Rule(
@@ -116,7 +136,7 @@ class ExperimentConfig:
         "mistralai/Mistral-Small-3.2-24B-Instruct-2506",
         "teacher: LiteLLM/NAME or NAME (language model behind BASE_URL: a call for each of --total_scores documents a "
         "query), OpenAI/NAME; free, run here: cross-encoder/NAME, CrossEncoder/NAME, CausalLM/NAME, "
-        "jhu-clsp/FollowIR-7B, or a cross-encoder's folder",
+        "jhu-clsp/FollowIR-7B, or a cross-encoder's folder; without a model: bm25, gold-noisy (simulated from labels)",
         NOT_EMPTY,
     )
     hyde_model: str | None = flag(
@@ -127,31 +147,68 @@ class ExperimentConfig:
     )
     computation_types: str = flag(
         "all",
-        "variants beside the original query, one or several; 'all' leaves HyDE out when there is no --hyde_model",
-        some_of("optimized", "hyde", "optimized_hyde", "all"),
+        "variants beside the original query, one or several; 'all' is the first three, without HyDE when there is no "
+        "--hyde_model; gated_hyde (a heuristic of our own) refines original or HyDE, whichever fits the teacher better",
+        some_of("optimized", "hyde", "optimized_hyde", "gated_hyde", "all"),
     )
 
     # The method
-    lr: float = flag(1e-4, "learning rate of Adam", POSITIVE_NUMBER)
-    num_steps: int = flag(100, "gradient steps a query; 0 leaves every query where it was", NOT_NEGATIVE)
+    refinement_method: str = flag(
+        "adam_kl",
+        "how scores move a query: adam_kl = gradient steps as in the paper, refit = as in ReFIT, rocchio, ridge = "
+        "Bayesian regression, whitened_ridge = with the corpus' covariance, centred_ridge = with its mean, too",
+        one_of(*METHOD_FLAGS),
+    )
+    lr: float = flag(
+        1e-4, "learning rate of Adam (adam_kl; refit, where it is 0.005 unless you set it)", POSITIVE_NUMBER
+    )
+    num_steps: int = flag(
+        100, "gradient steps a query (adam_kl, refit); 0 leaves every query where it was", NOT_NEGATIVE
+    )
+    rocchio_alpha: float = flag(2.0, "how far rocchio moves a query, in its lengths", NOT_BELOW_ZERO)
+    ridge_lambda: float = flag(
+        3.0, "prior strength of the three ridges; the larger, the less a query moves", POSITIVE_NUMBER
+    )
+    neutral_score: float = flag(
+        0.5, "score that the ridges take for neither relevant nor irrelevant (centred_ridge: 0.2 unless set)", SHARE
+    )
+    prf_weight: float = flag(
+        0.0,
+        "pseudo relevance feedback: pull each query by this much to what stands out among its next documents, then "
+        "refine again; asks nobody, helps with any method; 0 is off, 0.3 is good",
+        NOT_BELOW_ZERO,
+    )
+    prf_documents: int = flag(500, "how many of the next documents it looks at", POSITIVE)
     total_scores: int = flag(20, "documents a teacher scores for each query", POSITIVE)
     scores_from_top: int = flag(
         20, "how many of them are the first ranks; the others are drawn from the rest (at most --total_scores)",
         NOT_NEGATIVE,
     )
+    feedback_rounds: int = flag(
+        1,
+        "spend --total_scores in so many rounds: after each the queries are refined, and the next documents are the "
+        "first ones not scored yet",
+        POSITIVE,
+    )
     optimize_with_gold: bool = flag(False, "teacher = the gold labels: an oracle, for reference")
+    teacher_flip_rate: float = flag(0.1, "gold-noisy: share of labels that it gets wrong", SHARE)
+    teacher_noise: float = flag(0.08, "gold-noisy: standard deviation of its scores around 0.1 and 0.9", NOT_BELOW_ZERO)
     refit: bool = flag(
         False,
-        "ReFIT's preset: min-max normalised scores, temperature 2, lr 0.005, its cross-encoder (unless you set these)",
+        "ReFIT's preset: --refinement_method refit (min-max normalised scores, temperature 2), lr 0.005, its "
+        "cross-encoder (unless you set these)",
     )
-    random_seed: int = flag(42, "seed of the sampled ranks", NOT_NEGATIVE)
+    random_seed: int = flag(
+        42, "seed of the sampled ranks, of the order in groupwise questions, and of gold-noisy", NOT_NEGATIVE
+    )
 
     # Language models and HyDE
     llm_score_mode: str = flag(
         "auto",
-        "how a language model scores: yes_no = probability of a yes, verbalized = a number it says; auto = yes_no "
-        "where the endpoint gives log probabilities, else verbalized for the whole run",
-        one_of("auto", "yes_no", "verbalized"),
+        "how a language model scores: yes_no = probability of a yes, verbalized = a number it says, groupwise = "
+        "numbers for all sampled documents of a query in one call; auto = yes_no where the endpoint gives log "
+        "probabilities, else verbalized for the whole run",
+        one_of("auto", "yes_no", "verbalized", "groupwise"),
     )
     judge_max_characters: int = flag(16000, "a language model sees this much of a document", POSITIVE)
     hyde_samples: int = flag(1, "HyDE passages a query; their vectors are averaged", POSITIVE)
@@ -229,16 +286,15 @@ class ExperimentConfig:
     @property
     def variants(self) -> tuple[str, ...]:
         """The variants of the query that are measured, the original first."""
-        names = {"optimized": "optimized_embeddings", "hyde": "hyde", "optimized_hyde": "optimized_hyde_embeddings"}
         asked = set(self.computation_types.split(","))
         if "all" in asked:
-            asked |= set(names) if self.hyde_model else {"optimized"}
-        return ("embeddings", *(variant for name, variant in names.items() if name in asked))
+            asked |= {"optimized", "hyde", "optimized_hyde"} if self.hyde_model else {"optimized"}
+        return ("embeddings", *(variant for name, own in COMPUTED.items() if name in asked for variant in own))
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any variant is refined."""
-        return any(variant.startswith("optimized") for variant in self.variants)
+        return not set(self.variants) <= {"embeddings", "hyde"}
 
     @property
     def needs_hyde(self) -> bool:
@@ -246,17 +302,33 @@ class ExperimentConfig:
         return any("hyde" in variant for variant in self.variants)
 
     @property
+    def method_flags(self) -> dict[str, Any]:
+        """The flags that the refinement method has, by name."""
+        return {name: getattr(self, name) for name in METHOD_FLAGS[self.refinement_method]}
+
+    @property
     def prices(self) -> tuple[float, ...] | None:
         """``price_per_million`` as numbers: input, output."""
         return tuple(map(float, self.price_per_million.split(","))) if self.price_per_million else None
 
     def result_flags(self) -> dict[str, Any]:
-        """The flags that may change a figure, by name."""
-        return {f.name: getattr(self, f.name) for f in fields() if f.metadata["changes_results"]}
+        """The flags that may change a figure of this run, by name: not those of other methods than its own."""
+        flags = {f.name: getattr(self, f.name) for f in fields() if f.metadata["changes_results"]}
+        ignored = ignored_flags(self.refinement_method, self.prf_weight)
+        return {name: value for name, value in flags.items() if name not in ignored}
 
 
-# What --refit fills in where the user set nothing (arXiv 2305.11744, as given by the protocol).
-REFIT_PRESET = {"lr": 0.005, "reranker_model": "cross-encoder/ms-marco-MiniLM-L-6-v2"}
+def ignored_flags(method: str, prf_weight: float) -> set[str]:
+    """The flags that say nothing in a run with this refinement method and pseudo relevance feedback."""
+    ignored = {name for own in METHOD_FLAGS.values() for name in own} - set(METHOD_FLAGS[method])
+    return ignored if prf_weight else ignored | {"prf_documents"}
+
+
+# What --refit fills in where the user set nothing.
+REFIT_PRESET = {
+    "refinement_method": "refit",
+    "reranker_model": "cross-encoder/ms-marco-MiniLM-L-6-v2",
+}
 
 
 def fields(of: type = ExperimentConfig) -> tuple[dataclasses.Field, ...]:
@@ -329,6 +401,10 @@ def build_config(given: Mapping[str, str]) -> ExperimentConfig:
     values, problems = parse_values(given)
     if values.get("refit"):
         values = {**REFIT_PRESET, **values}
+    method = values.get("refinement_method", "adam_kl")
+    if values.get("refit") and method != "refit":
+        problems.append(f"--refit: means --refinement_method refit, got {method}")
+    values = {**METHOD_DEFAULTS.get(method, {}), **values}
     defaults = ExperimentConfig()
     total = values.get("total_scores", defaults.total_scores)
     if "scores_from_top" not in given:
@@ -337,6 +413,8 @@ def build_config(given: Mapping[str, str]) -> ExperimentConfig:
         problems.append(
             f"--scores_from_top: got {values['scores_from_top']}, must be at most --total_scores, which is {total}"
         )
+    if (rounds := values.get("feedback_rounds", 1)) > total:
+        problems.append(f"--feedback_rounds: got {rounds}, must be at most --total_scores, which is {total}")
     asked = values.get("computation_types", "all").split(",")
     if not values.get("hyde_model") and (needs := [name for name in asked if "hyde" in name]):
         problems.append(f"--computation_types: {needs[0]!r} needs --hyde_model, which is not set")

@@ -23,9 +23,11 @@ from cache_utils import slug
 from dataset_loaders import DATASETS, dataset_facts
 from errors import UserError, problems_of
 from experiment_config import LONGEST_NAME, ExperimentConfig, build_config, command_words, fields, parse_value
+from feedback import share
 from grid_file import Axes, Cells
+from groupwise_judge import GROUPWISE
 from instruction_templates import read_templates
-from rerankers import GoldReranker
+from rerankers import costs_nothing
 from retrieval_dataset import DatasetFacts
 from run_setup import CHECKED_FLAGS, check_run, is_done, run_hash, run_name, run_sources
 
@@ -80,8 +82,13 @@ class PlannedRun:
 
     @property
     def asks_teacher(self) -> bool:
-        """Whether its teacher is another than the gold labels."""
-        return self.sources["teacher"] not in (None, GoldReranker.identity)
+        """Whether its teacher is a model."""
+        return not costs_nothing(self.sources["teacher"])
+
+    @property
+    def is_groupwise(self) -> bool:
+        """Whether its teacher answers for all documents of a sample at once."""
+        return self.asks_teacher and self.sources["teacher"].get("mode") == GROUPWISE
 
     @property
     def asks(self) -> bool:
@@ -89,11 +96,28 @@ class PlannedRun:
         return self.asks_teacher or self.sources["hyde"] is not None
 
     @property
-    def sample(self) -> tuple[int, int, int | None]:
-        """Which ranks the teacher sees: how many, how many from the top, and the seed where any are drawn."""
+    def first_sample(self) -> tuple[int | None, ...]:
+        """What decides which ranks the teacher sees in the first round, and in which order.
+
+        How many, how many from the top; the seed where it matters.
+        """
         config = self.config
-        drawn = config.total_scores > config.scores_from_top
-        return config.total_scores, config.scores_from_top, config.random_seed if drawn else None
+        total, top = (share(n, config.feedback_rounds, 0) for n in (config.total_scores, config.scores_from_top))
+        return total, top, config.random_seed if total > top or self.is_groupwise else None
+
+    @property
+    def sample(self) -> tuple[Any, ...]:
+        """What decides which documents the teacher sees in all rounds; with several also how queries are refined."""
+        config = self.config
+        seeded = config.total_scores > config.scores_from_top or self.is_groupwise
+        method = ()
+        if config.feedback_rounds > 1:
+            prf = (config.prf_weight, config.prf_documents) if config.prf_weight else ()
+            method = (config.refinement_method, *config.method_flags.values(), *prf)
+        return (
+            *(config.total_scores, config.scores_from_top, config.feedback_rounds),
+            *(config.random_seed if seeded else None, *method),
+        )
 
     @property
     def ranking(self) -> str:

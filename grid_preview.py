@@ -12,7 +12,7 @@ import collections
 import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,15 +22,16 @@ import numpy as np
 
 from cache_utils import text_keys
 from dataset_loaders import is_at_hand, load_dataset
-from embedding_adaptation import REFINED_FROM, hyde_vectors, ranks_for_teacher
+from embedding_adaptation import hyde_vectors
 from errors import UserError
 from experiment_config import ExperimentConfig
 from experiment_grid import Grid, PlannedRun, in_order
+from feedback import in_turn, ranks_for_teacher, share
 from hyde import HydeWriter, find_hyde_writer
 from instruction_templates import fill_templates, read_templates, templates_for
 from ranking import sample_documents, unit_length
 from rerankers import Reranker, find_reranker
-from results import aligned
+from results import GATED, REFINED_FROM, aligned
 from retrieval_dataset import RetrievalDataset
 from run_setup import Run, make_embedder
 from words import counted
@@ -96,7 +97,7 @@ class Cost:
     """Answers of one model on one dataset.
 
     Attributes:
-        what: "teacher scores" or "HyDE passages".
+        what: "teacher scores", "groupwise answers" or "HyDE passages".
         dataset, model: names.
         at_most: how many answers the runs take together.
         cached: how many of them are known to be in the cache.
@@ -156,39 +157,76 @@ class _Preview:
     # --- Teachers ---
 
     def scores(self, runs: Sequence[PlannedRun]) -> Cost:
-        """The scores of some runs with one teacher and dataset."""
+        """The answers of one teacher on one dataset that some runs take."""
         first = runs[0]
-        cost = Cost("teacher scores", first.dataset.name, _teacher_name(first))
+        what = "groupwise answers" if first.is_groupwise else "teacher scores"
+        cost = Cost(what, first.dataset.name, _teacher_name(first))
         samples: list[np.ndarray] = []
-        rankings: dict[tuple[str, str], list[PlannedRun]] = collections.defaultdict(list)
+        rankings: dict[tuple[str, str], dict[tuple, PlannedRun]] = collections.defaultdict(dict)
         for run in runs:
             for start in _starts(run):
-                rankings[run.ranking, start].append(run)
-        for (_, start), members in rankings.items():
-            different = {run.sample: run.config for run in members}
-            ranks_of = partial(_ranks, list(different.values()))
+                rankings[run.ranking, start].setdefault(run.sample, run)
+        for (_, start), different in rankings.items():
+            members = list({run.first_sample: run for run in different.values()}.values())
             try:
-                samples.append(self._sample(members[0], start, ranks_of, len(different)))
+                samples += self._first_samples(members, start)
             except _UnknownError as error:
                 cost.unknown[str(error)] = None
-                cost.at_most += first.dataset.queries * len(ranks_of(first.dataset.documents))
+                cost.at_most += self._first_answers(members)
+            if later := sum(map(self._later_answers, different.values())):
+                cost.unknown["before the first round"] = None
+                cost.at_most += later
         if samples:
-            together = np.concatenate(samples, axis=1)
+            size = max(sample.shape[1] for sample in samples)
+            padding = (np.pad(own, ((0, 0), (0, size - own.shape[1])), constant_values=-1) for own in samples)
+            together = np.stack(list(padding))
             try:
                 known, cost.cached = self._reranker(first).count_known(self._dataset(first), together)
             except _UnknownError as error:
-                known = int((together >= 0).sum())
+                known = int((together >= 0).any(axis=2).sum() if first.is_groupwise else (together >= 0).sum())
                 cost.unknown[str(error)] = None
             cost.at_most += known
-        cost.at_most = min(cost.at_most, first.dataset.queries * first.dataset.documents)
+        if not first.is_groupwise:  # a pair is asked about once
+            cost.at_most = min(cost.at_most, first.dataset.queries * first.dataset.documents)
         return cost
+
+    def _first_samples(self, members: Sequence[PlannedRun], start: str) -> list[np.ndarray]:
+        """What teachers see in the first round of some runs with the same vectors, int64 [Q, K] each."""
+        if start != GATED and not members[0].is_groupwise:
+            return [self._sample(members[0], start, [run.config for run in members])]
+        found = []
+        for run in members:
+            starts = ("embeddings", "hyde") if start == GATED else (start,)
+            own = [self._sample(run, name, [run.config]) for name in starts]
+            found.append(in_turn(*own) if start == GATED else own[0])
+        return found
+
+    def _first_answers(self, members: Sequence[PlannedRun]) -> int:
+        """The most that some runs with the same vectors ask in their first round from one start."""
+        counts = collections.Counter(self._candidates(members[0]))
+        if members[0].is_groupwise:
+            return sum(times * _answers(run, n)[0] for run in members for n, times in counts.items())
+        configs = [run.config for run in members]
+        return sum(times * len(_ranks(configs, n)) for n, times in counts.items())
+
+    def _later_answers(self, run: PlannedRun) -> int:
+        """The most that a run asks in later rounds from one start."""
+        return sum(sum(_answers(run, n)[1:]) for n in self._candidates(run)) if run.config.feedback_rounds > 1 else 0
+
+    def _candidates(self, run: PlannedRun) -> list[int]:
+        """How many candidates each query has, at most."""
+        try:
+            return self._dataset(run).candidate_counts().tolist()
+        except _UnknownError:
+            return [run.dataset.documents] * run.dataset.queries
 
     def _reranker(self, run: PlannedRun) -> Reranker:
         with _unknown_where_missing("the teacher is not at hand"):
             return find_reranker(run.config, "cpu", self._prompts_of(run), self._dataset(run))
 
-    def _sample(self, run: PlannedRun, start: str, ranks_of: Callable[[int], np.ndarray], samples: int) -> np.ndarray:
-        """The documents on the ranks that runs like this one sample, int64 [Q, K]."""
+    def _sample(self, run: PlannedRun, start: str, configs: Sequence[ExperimentConfig]) -> np.ndarray:
+        """The documents that runs like this one sample in their first round, with these flags; int64 [Q, K]."""
+        ranks_of = partial(_ranks, configs)
         dataset, config = self._dataset(run), run.config
         texts = fill_templates(templates_for(self._prompts_of(run), config.embedding_model, dataset), dataset)
         with _unknown_where_missing("the embedding model is not at hand"):
@@ -196,7 +234,7 @@ class _Preview:
             if embedder.must_embed(texts):
                 raise _UnknownError("before embedding")
         products = len(dataset.queries) * len(dataset.documents) * embedder.cache.dimension
-        if products > self._products_left or samples > MOST_SAMPLES:
+        if products > self._products_left or len(configs) > MOST_SAMPLES:
             raise _UnknownError("too much for a preview")
         self._products_left -= products
         documents = unit_length(embedder.embed(texts.documents, "document"))
@@ -252,8 +290,17 @@ def _starts(run: PlannedRun) -> set[str]:
 
 
 def _ranks(configs: Sequence[ExperimentConfig], n_candidates: int) -> np.ndarray:
-    """The ranks that teachers of some runs see, int64 [K]: what several of them see counts once."""
-    return np.unique(np.concatenate([ranks_for_teacher(config, n_candidates) for config in configs]))
+    """The ranks that teachers of some runs see first, int64 [K]: what several of them see counts once."""
+    return np.unique(np.concatenate([ranks_for_teacher(config, 0, n_candidates) for config in configs]))
+
+
+def _answers(run: PlannedRun, n_candidates: int) -> list[int]:
+    """How many answers each round of a run takes for a query from one start: scores, or one for all of a round."""
+    config = run.config
+    shares = [share(config.total_scores, config.feedback_rounds, number) for number in range(config.feedback_rounds)]
+    before = [sum(shares[:number]) for number in range(len(shares))]
+    documents = [max(0, min(own, n_candidates - earlier)) for own, earlier in zip(shares, before, strict=True)]
+    return [min(1, count) for count in documents] if run.is_groupwise else documents
 
 
 def _teacher_name(run: PlannedRun) -> str:

@@ -33,14 +33,25 @@ LOCK, LOG, RERUN_LOG = ".lock", "run.log", "rerun.log"
 INHERITED_LOCK = "RUN_FOLDER_LOCK_FILE"  # environment variable: the open lock that a batch runner hands to this process
 LOGS = (LOG, RERUN_LOG)
 LOCK_TRIES, LOCK_SECONDS = 4, 0.05
-TABLE_METRICS = ("map", "roc_auc", "ndcg_at_10", "mrr", "precision_at_10", "recall_at_50")
+TABLE_METRICS = (
+    *("map", "roc_auc", "ndcg_at_10", "mrr", "precision_at_10", "recall_at_50"),
+    *("residual_map", "residual_recall_at_50", "p_mrr"),
+)
 # The variants of a query, as files are named after them and as people read them.
 VARIANTS = {
     "embeddings": "original",
+    "reranked": "reranked",
     "optimized_embeddings": "refined",
     "hyde": "HyDE",
+    "reranked_hyde": "reranked HyDE",
     "optimized_hyde_embeddings": "refined HyDE",
+    "gated_hyde": "gated HyDE",
 }
+GATED = "gated_hyde"
+# The refined variants, and the query each starts from: a gated one from the original or from HyDE.
+REFINED_FROM = {"optimized_embeddings": "embeddings", "optimized_hyde_embeddings": "hyde", GATED: GATED}
+# Their controls: the scored documents first, in the teacher's order, below them the others in the start's.
+RERANKED_FROM = {"reranked": "embeddings", "reranked_hyde": "hyde"}
 ROW_GROUP = 1 << 20  # rows; a block of scores that is larger stays in one piece
 PACKAGES = ("torch", "sentence-transformers", "transformers", "numpy", "pyarrow")
 RAW_SCHEMA = pa.schema(
@@ -397,13 +408,15 @@ def comparison_table(means: dict[str, dict[str, float]], metrics: Sequence[str])
 
     Args:
         means: variant name to metric name to mean; "embeddings" is the original query.
-        metrics: which rows.
+        metrics: which rows; those that the original query has not are left out.
     """
     others = [variant for variant in means if variant != "embeddings"]
     header = ["metric", "original"] + [word for variant in others for word in (VARIANTS[variant], "change")]
     lines = [header]
     for metric in metrics:
-        original = means["embeddings"][metric]
+        original = means["embeddings"].get(metric, math.nan)
+        if math.isnan(original):
+            continue
         cells = [(f"{means[v][metric]:.4f}", f"{means[v][metric] - original:+.4f}") for v in others]
         lines.append([metric, f"{original:.4f}", *(cell for pair in cells for cell in pair)])
     return aligned(lines, left=1)

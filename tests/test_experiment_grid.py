@@ -254,7 +254,8 @@ def test_a_done_run_must_have_what_the_flags_ask_for(tmp_path):
         ({"max_failed_scores": ["0.1"], "save_tensors": ["True"]}, False),
     ):
         assert bool(find_completed(plan(output_dir=[str(tmp_path)], **more).runs)) == done, more
-    (folder / "summary.json").write_text('{"means": {"embeddings": 0, "optimized_embeddings": 0}, "teacher": {"missing": 0}}')
+    means = '{"embeddings": 0, "reranked": 0, "optimized_embeddings": 0}'
+    (folder / "summary.json").write_text(f'{{"means": {means}, "teacher": {{"missing": 0}}}}')
     assert find_completed([run])
     for damaged in ('{"means": null, "teacher": {"missing": 0}}', '{"means": {}, "teacher": {"missing": 0}}', "[]", ""):
         (folder / "summary.json").write_text(damaged)

@@ -438,9 +438,10 @@ def test_flags_of_language_models():
     config = parse_arguments("test", ["--price_per_million", "0.15", "0.6", "--hyde_model", "m", "--computation_types", "hyde"])
     assert config.prices == (0.15, 0.6) and config.variants == ("embeddings", "hyde") and not config.needs_teacher
     together = parse_arguments("test", ["--computation_types=hyde,optimized_hyde", "--hyde_model", "m"])
-    assert together.variants == ("embeddings", "hyde", "optimized_hyde_embeddings")
-    assert parse_arguments("test", ["--hyde_model", "m"]).variants[1:] == ("optimized_embeddings", "hyde", "optimized_hyde_embeddings")
-    assert parse_arguments("test", []).variants == ("embeddings", "optimized_embeddings")
+    assert together.variants == ("embeddings", "hyde", "reranked_hyde", "optimized_hyde_embeddings")
+    every = ("reranked", "optimized_embeddings", "hyde", "reranked_hyde", "optimized_hyde_embeddings")
+    assert parse_arguments("test", ["--hyde_model", "m"]).variants[1:] == every
+    assert parse_arguments("test", []).variants == ("embeddings", "reranked", "optimized_embeddings")
     for wrong in (["--price_per_million", "1"], ["--price_per_million", "a", "b"], ["--price_per_million", "1", "-1"]):
         with pytest.raises(UserError, match=r"--price_per_million: got .* must be two numbers"):
             parse_arguments("test", wrong)

@@ -1,6 +1,7 @@
 """Grids as a user types them: real runs in real processes, stopped in the middle and gone on with."""
 
 import csv
+import functools
 import json
 import os
 import re
@@ -101,11 +102,20 @@ def test_every_flag_of_the_dataclass_arrives_in_the_run(small_folder, tiny_model
         "reranker_model": (tiny_models["cross-encoder"], str(tiny_models["cross-encoder"])),
         "hyde_model": (f"LiteLLM/{MODEL}", f"LiteLLM/{MODEL}"),
         "computation_types": ("optimized,hyde", "optimized,hyde"),
+        "refinement_method": ("refit", "refit"),
         "lr": ("0.02", 0.02),
         "num_steps": ("7", 7),
+        "rocchio_alpha": ("1.5", 1.5),
+        "ridge_lambda": ("0.5", 0.5),
+        "neutral_score": ("0.25", 0.25),
+        "prf_weight": ("0.3", 0.3),
+        "prf_documents": ("30", 30),
         "total_scores": ("9", 9),
         "scores_from_top": ("4", 4),
+        "feedback_rounds": ("2", 2),
         "optimize_with_gold": ("True", True),
+        "teacher_flip_rate": ("0.3", 0.3),
+        "teacher_noise": ("0.2", 0.2),
         "refit": ("True", True),
         "random_seed": ("5", 5),
         "llm_score_mode": ("verbalized", "verbalized"),
@@ -356,6 +366,44 @@ def test_a_preview_counts_what_will_be_asked_and_what_is_there(small_folder, tin
     assert served.stats()["distinct"] == asked + missing
 
 
+def asked_for(shown, what):
+    """What a preview says of one kind of answers: (at most, cached)."""
+    found = re.search(rf"{what}: ([\d,]+) at most, (?:at least )?([\d,]+) of them cached", shown)
+    return tuple(int(number.replace(",", "")) for number in found.groups())
+
+
+def test_a_preview_counts_groupwise_answers(small_folder, tiny_models, tmp_path, endpoint):
+    served = endpoint()
+    grid = flags(small_folder, tiny_models["bert"], "--reranker_model", MODEL, "--llm_score_mode", "groupwise")
+    grid += ["--total_scores", "8", "12"]
+    run = functools.partial(run_script, GRID, *grid, cwd=tmp_path, env=served.environment())
+    # Samples of 8 and of 12 are other questions; methods share them, but for the rounds after the first.
+    methods, in_rounds = ["--refinement_method", "ridge", "rocchio"], ["--feedback_rounds", "4"]
+    first_rounds, later = 2 * 6, 2 * 6 * 3
+    assert asked_for(run(*methods, "--dry_run").stdout, "groupwise answers") == (first_rounds, 0)
+    assert asked_for(run(*methods, *in_rounds, "--dry_run").stdout, "groupwise answers") == (first_rounds + 2 * later, 0)
+    run(*methods[:2], *in_rounds)
+    assert served.stats()["distinct"] - 1 == first_rounds + later  # a first question is about two documents
+    shown = run(*methods, *in_rounds, "--dry_run").stdout
+    assert asked_for(shown, "groupwise answers") == (first_rounds + later, first_rounds)
+
+
+def test_a_preview_counts_the_scores_of_rounds(small_folder, tiny_models, tmp_path, endpoint):
+    served = endpoint()
+    grid = flags(small_folder, tiny_models["bert"], "--reranker_model", MODEL, "--refinement_method", "ridge")
+    run = functools.partial(run_script, GRID, *grid, cwd=tmp_path, env=served.environment())
+    assert asked_for(run("--feedback_rounds", "4", "--dry_run").stdout, "teacher scores") == (6 * 20, 0)
+    run("--total_scores", "5")  # embeds, and is what the first round of four asks
+    assert asked_for(run("--feedback_rounds", "4", "--dry_run").stdout, "teacher scores") == (6 * 20, 6 * 5)
+    assert "before the first round" in run("--feedback_rounds", "4", "--dry_run").stdout
+    known = served.stats()["distinct"]
+    run("--feedback_rounds", "4")
+    assert 6 * 15 - (served.stats()["distinct"] - known) in (0, 1)  # the first question of all may be among them
+    # More than there are candidates: all of them, however many rounds.
+    few = ["--feedback_rounds", "7", "--total_scores", "100", "--scores_from_top", "100"]
+    assert asked_for(run(*few, "--dry_run").stdout, "teacher scores")[0] == 6 * 60
+
+
 def test_the_gold_labels_ask_nothing(small_folder, tmp_path):
     shown = run_script(GRID, *flags(small_folder, "some/model", "--optimize_with_gold"), "--dry_run", cwd=tmp_path).stdout
     assert "1 run: 0 done, 1 to do with 6 queries" in shown
@@ -418,7 +466,7 @@ def test_the_demo_command_of_the_makefile(tmp_path, minilm_cache):
     assert MINILM in command
     done = run_script(GRID, *command, "--cache_dir", minilm_cache, "--output_dir", tmp_path / "output")
     table = done.stdout.strip().split("\n\n")[0]
-    assert table.splitlines()[0].split() == ["dataset", "embedding", "model", "lr", "map", "refined", "change"]
+    assert table.splitlines()[0].split() == ["dataset", "embedding", "model", "lr", "map", "reranked", "change", "refined", "change"]
     assert "report.py output/demo_grid.csv" in recipe
     done = run_script("report.py", "output/demo_grid.csv", cwd=tmp_path)
     assert done.stdout.rstrip().endswith("report: output/report/index.html")

@@ -16,11 +16,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, WORDS, RunningEndpoint, run_script, write_folder_dataset
-from llm_endpoint import KEY, MODEL
+from llm_endpoint import KEY, MODEL, digest_of, share
 from safetensors.numpy import load_file
 
 from dataset_loaders import load_dataset
+from groupwise_judge import read_scores
 from instruction_templates import judge_prompts, read_templates
+from llm_services import UnreadableAnswerError
 from local_rerankers import LocalReranker
 from model_loading import find_model
 from rerankers import reranker_kind
@@ -99,7 +101,8 @@ def test_all_variants_and_a_second_run_that_asks_nothing(run, endpoint):
     folder = run.output / "run"
     asked = server.stats()
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
-    assert list(summary["means"]) == ["embeddings", "optimized_embeddings", "hyde", "optimized_hyde_embeddings"]
+    variants = ["embeddings", "reranked", "optimized_embeddings", "hyde", "reranked_hyde", "optimized_hyde_embeddings"]
+    assert list(summary["means"]) == variants
     assert config["teacher"]["name"] == f"LiteLLM/{MODEL}" and config["teacher"]["score_mode"] == "yes_no"
     assert "{document}" in config["teacher"]["identity"]["prompts"]["yes_no"]
     usage = summary["language_models"]
@@ -137,10 +140,11 @@ def test_equal_pairs_are_asked_about_once(run, endpoint, embedded, tmp_path):
 @pytest.mark.parametrize(
     ("types", "variants", "asks_teacher"),
     [
-        (["optimized"], ["optimized_embeddings"], True),
+        (["optimized"], ["reranked", "optimized_embeddings"], True),
         (["hyde"], ["hyde"], False),
-        (["optimized_hyde"], ["optimized_hyde_embeddings"], True),
-        (["hyde", "optimized_hyde"], ["hyde", "optimized_hyde_embeddings"], True),
+        (["optimized_hyde"], ["reranked_hyde", "optimized_hyde_embeddings"], True),
+        (["hyde", "optimized_hyde"], ["hyde", "reranked_hyde", "optimized_hyde_embeddings"], True),
+        (["gated_hyde"], ["gated_hyde"], True),
     ],
 )
 def test_each_variant_works_alone(run, endpoint, types, variants, asks_teacher):
@@ -151,7 +155,7 @@ def test_each_variant_works_alone(run, endpoint, types, variants, asks_teacher):
     assert (len(records(run.cache)) > 0) == asks_teacher
     assert len(records(run.cache, "passage")) == (6 if "hyde" in str(types) else 0)
     tensors = [path.stem for path in (run.output / "run").glob("tensors/*")]
-    assert sorted(tensors) == sorted(v for v in variants if v.startswith("optimized"))
+    assert sorted(tensors) == sorted(v for v in variants if v.startswith(("optimized", "gated")))
 
 
 def test_passages_are_averaged_with_the_query_on_request(run, endpoint, embedded):
@@ -522,3 +526,114 @@ def test_a_causal_reranker_teaches_and_is_not_loaded_again(run, tiny_models):
     assert "loading" not in done.stderr and figures(run.output / "run") == before
     assert read_json(run.output / "run" / "config.json")["teacher"]["score_mode"] == "next token"
     assert os.listdir(run.cache / "records")
+
+
+# --- Groups, rounds, gates ---
+
+GROUPS = ("--llm_score_mode", "groupwise")
+
+
+def said_in(folder, variant="embeddings"):
+    """What the teacher said: {(topic, document): score}."""
+    raw = pq.read_table(folder / f"{variant}_raw_scores.parquet").to_pandas()
+    raw = raw[raw.reranker_score.notna()]
+    return dict(zip(zip(raw.topic, raw.document, strict=True), raw.reranker_score, strict=True))
+
+
+@pytest.mark.parametrize(("groups", "calls"), [("fenced", 6), ("first partial", 12), ("first prose", 12)])
+def test_a_groupwise_judge_answers_once_a_query(run, endpoint, groups, calls):
+    server = endpoint("--groups", groups)
+    run(server, *GROUPS)
+    said = said_in(run.output / "run")
+    assert len(said) == 6 * 20
+    for (_, document), score in said.items():
+        assert score == pytest.approx(int(share(digest_of(document)) * 11) / 10)
+    first_question = calls // 6
+    assert server.stats()["successes"] == calls + first_question
+    summary = read_json(run.output / "run" / "summary.json")
+    assert summary["teacher"]["score_mode"] == "groupwise" and summary["teacher"]["missing"] == 0
+    if groups == "first partial":  # the model was shown its answer, and what is wrong with it
+        messages = server.stats()["last_body"]["messages"]
+        assert [own["role"] for own in messages] == ["user", "assistant", "user"]
+        assert re.search(r"cannot be used: \d+ is missing", messages[2]["content"])
+        assert json.loads(messages[1]["content"])
+    if groups != "fenced":
+        return
+    again = run(server, *GROUPS)
+    assert server.stats()["successes"] == calls + first_question and "6 answers from the cache" in again.stdout
+    # Another seed is another order, and another question.
+    run(server, *GROUPS, "--random_seed", 1, name="other")
+    assert server.stats()["successes"] == 2 * calls + first_question
+    assert said_in(run.output / "other") == said
+
+
+def test_documents_that_a_groupwise_judge_leaves_out_have_no_score(run, endpoint):
+    server = endpoint("--groups", "partial")
+    done = run(server, *GROUPS, "--max_failed_scores", "0.04", check=False)
+    assert "6 of 120 scores cannot be had, more than allowed (left out of the answers)" in error_line(done, 1)
+    asked = server.stats()["successes"]
+    done = run(server, *GROUPS, "--max_failed_scores", "0.05")
+    assert server.stats()["successes"] == asked  # all that was right is there
+    assert "6 of 120 scores cannot be had (left out of the answers), queries: q0, q1, q2, q3, q4, q5" in done.stderr
+    assert len(said_in(run.output / "run")) == 6 * 19
+    assert read_json(run.output / "run" / "summary.json")["teacher"]["missing"] == 6
+
+
+def test_a_groupwise_judge_that_never_gives_json_ends_in_one_line(run, endpoint):
+    server = endpoint("--groups", "prose")
+    done = run(server, *GROUPS, check=False)
+    assert "the answer is no JSON object" in error_line(done, 1) and "--max_failed_scores" in error_line(done, 1)
+    assert not records(run.cache, "scores-of-a-group")
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "reason"),
+    [
+        ('{"1": 0, "2": 10}', {1: 0, 2: 10}, None),
+        ('<think>{"1": 3}</think>\n```json\n{"2": 1, "1": 2}\n```', {1: 2, 2: 1}, None),
+        ('{"1": 0}', {1: 0}, "2 is missing"),
+        ('{"1": 11, "2": 3}', {2: 3}, "1 has 11"),
+        ('{"1": 4.5, "2": "3"}', {}, '1 has 4.5; 2 has "3"'),
+        ('{"1": true, "2": null}', {}, "1 has true; 2 has null"),
+        ('{"1": 1, "2": 2, "3": 3}', {1: 1, 2: 2}, "'3' is the number of no document"),
+        ('{"1": 1, "1": 2, "2": 2}', None, "a number is there twice"),
+        ("[1, 2]", None, "no JSON object"),
+        ('Sure! {"1": 0, "2": 10}', None, "no JSON object"),
+        ("", None, "no JSON object"),
+        ("[" * 100_000, None, "no JSON object"),
+    ],
+)
+def test_what_a_groupwise_answer_says(text, found, reason):
+    if reason is None:
+        assert read_scores(text, 2) == found
+        return
+    with pytest.raises(UnreadableAnswerError, match=re.escape(reason)) as caught:
+        read_scores(text, 2)
+    assert caught.value.partial == found
+
+
+def test_rounds_ask_for_as_many_scores_and_no_pair_twice(run, endpoint):
+    server = endpoint()
+    flags = ["--refinement_method", "ridge", "--computation_types", "optimized"]
+    run(server, *flags, "--feedback_rounds", 4)
+    stats = server.stats()
+    assert stats["distinct"] == stats["successes"] and stats["successes"] in (120, 121)
+    assert len(said_in(run.output / "run")) == 6 * 20
+    run(server, *flags, "--feedback_rounds", 4)
+    assert server.stats()["successes"] == stats["successes"]
+    log = (run.output / "run" / "run.log").read_text()
+    assert log.count("sample documents: ") == log.count("teacher scores: ") == log.count("refine queries: ") == 4
+
+
+def test_a_gated_query_starts_where_the_log_says(run, endpoint):
+    server = endpoint()
+    flags = ["--hyde_model", MODEL, "--hyde_samples", 2, "--save_tensors"]
+    run(server, *flags, "--computation_types", "hyde,optimized,gated_hyde")
+    folder = run.output / "run"
+    tensors, plain = (load_file(folder / "tensors" / f"{name}.safetensors") for name in ("gated_hyde", "optimized_embeddings"))
+    line = re.search(r"gated_hyde: (\d) of 6 queries start from HyDE: (.*)", (folder / "run.log").read_text())
+    from_hyde = (tensors["query_vectors"] != plain["query_vectors"]).any(axis=1)
+    assert [f"q{i}" for i in np.flatnonzero(from_hyde)] == line[2].split(", ") and int(line[1]) == from_hyde.sum() > 0
+    assert tensors["sampled_documents"].shape == (6, 20)
+    assert not (tensors["sampled_documents"] == -1).any()
+    assert read_json(folder / "summary.json")["gated_hyde"] == {"queries_from_hyde": line[2].split(", ")}
