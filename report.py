@@ -193,7 +193,7 @@ def read_all(paths: Sequence[Path], flags: ReportFlags) -> Runs:
     metrics = metrics_of(folders)
     if metrics and flags.metric not in metrics:
         raise UserError(f"--metric: got {flags.metric!r}, must be one of {', '.join(metrics)}")
-    runs = comparable(*read_runs(folders, flags.metric), flags.baseline)
+    runs = comparable(*read_runs(folders, flags.metric), flags.baseline, flags.metric)
     if not runs.records:
         reasons = [f"{own.folder}: {own.reason}" for own in runs.left_out]
         raise UserError("\n".join([f"{where}: no run there can be reported", *reasons[:SAID_ON_TERMINAL]]))

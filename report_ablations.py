@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from report_axes import SEED, Runs, depends_on, different_facts, draws, follows_default, in_order, is_number
+from report_axes import SEED, Runs, different_facts, draws, follows_default, in_order, is_number
 from report_runs import RunRecord
 from results import VARIANTS
 from significance import bootstrap_interval
@@ -87,7 +87,7 @@ def _all_lines(runs: Runs, variants: Sequence[str], baseline: str) -> tuple[dict
         groups = [
             (variant, own)
             for variant in variants
-            if depends_on(variant, axis) or depends_on(baseline, axis)
+            if runs.depends_on(variant, axis) or runs.depends_on(baseline, axis)
             for own in _groups(runs, (axis,), variant, baseline)
         ]
         if not groups:
@@ -124,7 +124,7 @@ def _maps_of(
 ) -> tuple[list[HeatMap], list[str]]:
     """The maps of the first variant that depends on both settings and has any."""
     refused: list[str] = []
-    for variant in [own for own in variants if all(depends_on(own, axis) for axis in pair)]:
+    for variant in [own for own in variants if all(runs.depends_on(own, axis) for axis in pair)]:
         maps = []
         for own in _groups(runs, pair, variant, baseline):
             if not all(_differ_in_it_alone(own, axis, pair) for axis in pair):
@@ -177,7 +177,7 @@ def _refusal(own: Sequence[RunRecord], axes: Sequence[str], unlike: Sequence[str
 def _nearest(runs: Runs, axis: str, variants: Sequence[str]) -> str:
     """What else two runs differ in that differ in ``axis``, for two that differ little."""
     fewest: list[str] = []
-    for variant in [own for own in variants if depends_on(own, axis)]:
+    for variant in [own for own in variants if runs.depends_on(own, axis)]:
         alike: dict[tuple[str, str], dict[str, list[RunRecord]]] = {}
         for record in runs.records:
             if variant in record.values:

@@ -7,24 +7,33 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiment_config import ExperimentConfig
+from experiment_config import METHOD_FLAGS, ExperimentConfig
+from groupwise_judge import GROUPWISE
+from metrics import RESIDUAL_METRICS
 from report_runs import LeftOut, RunRecord
-from results import VARIANTS, variant_files
+from results import REFINED_FROM, VARIANTS, variant_files
 
 # Settings that every variant depends on, and those that only variants with a hypothetical document do; all others are
 # about the teacher and refinement.
 OF_EMBEDDING = ("embedding_model_revision", "embedder_dtype", "embedder_max_tokens", "instruction_templates")
+OF_PRF = ("prf_weight", "prf_documents")
 OF_HYDE = ("hyde_model", "hyde_samples", "hyde_average_query")
+OF_METHOD = tuple(dict.fromkeys(itertools.chain(*METHOD_FLAGS.values())))
+OF_REFINEMENT = ("refinement_method", *OF_METHOD, *OF_PRF)
 NOT_REFINED = ("embeddings", "hyde")
 # Which setting accounts for which fact: runs that differ in the setting may differ in these.
 ACCOUNTS_FOR = {
     "teacher": ("teacher's prompt or weights",),
     "judge_max_characters": ("teacher's prompt or weights",),
+    "teacher_flip_rate": ("teacher's prompt or weights",),
+    "teacher_noise": ("teacher's prompt or weights",),
+    "random_seed": ("teacher's prompt or weights",),
     "reranker_dtype": ("teacher's prompt or weights",),
     "reranker_max_tokens": ("teacher's prompt or weights",),
     "hyde_model": ("HyDE prompt",),
@@ -48,16 +57,23 @@ class Runs:
             order of the flags.
         left_out: and why.
         notes: what else people should know of the datasets, a sentence each.
+        is_residual: whether the metric leaves out what the teacher has scored.
     """
 
     records: list[RunRecord]
     axes: tuple[str, ...]
     left_out: list[LeftOut]
     notes: list[str]
+    is_residual: bool = False
+
+    def depends_on(self, variant: str, setting: str) -> bool:
+        """As :func:`depends_on`, for the metric and the rounds of these runs."""
+        in_rounds = any(record.settings["feedback_rounds"] > 1 for record in self.records)
+        return depends_on(variant, setting, self.is_residual, in_rounds)
 
     def axes_of(self, *variants: str) -> list[str]:
         """The axes that at least one of these variants depends on."""
-        return [axis for axis in self.axes if any(depends_on(variant, axis) for variant in variants)]
+        return [axis for axis in self.axes if any(self.depends_on(variant, axis) for variant in variants)]
 
     def settings(self, record: RunRecord, *variants: str) -> tuple[str, ...]:
         """A run's settings, an axis each; "any" where none of the variants depends on it."""
@@ -69,18 +85,28 @@ class Runs:
         return {axis: record.setting(axis) for axis in (self.axes_of(*variants) if variants else self.axes)}
 
 
-def depends_on(variant: str, setting: str) -> bool:
-    """Whether a setting can change a variant of the query: the learning rate does nothing to the original one."""
+def depends_on(variant: str, setting: str, is_residual: bool = False, in_rounds: bool = False) -> bool:
+    """Whether a setting can change the figures of a variant: the learning rate does nothing to the original query.
+
+    Args:
+        variant: of the query.
+        setting: a name.
+        is_residual: the metric leaves out what the teacher has scored, so that what decides on this counts for all.
+        in_rounds: the documents that are scored depend on how queries were refined before.
+    """
     if setting in OF_EMBEDDING:
         return True
     if setting in OF_HYDE:
-        return "hyde" in variant
-    return variant not in NOT_REFINED
+        return "hyde" in variant or is_residual
+    if setting in OF_REFINEMENT and variant not in REFINED_FROM:
+        return in_rounds and (is_residual or variant not in NOT_REFINED)
+    return is_residual or variant not in NOT_REFINED
 
 
 def draws(record: RunRecord) -> bool:
-    """Whether a run's documents for the teacher are drawn in part, so that the seed matters."""
-    return record.settings["scores_from_top"] < record.settings["total_scores"]
+    """Whether the seed matters to a run: documents are drawn, the teacher is simulated, or sees them in some order."""
+    drawn = record.settings["scores_from_top"] < record.settings["total_scores"]
+    return drawn or record.is_simulated or record.config["teacher"].get("score_mode") == GROUPWISE
 
 
 def follows_default(record: RunRecord) -> bool:
@@ -89,7 +115,9 @@ def follows_default(record: RunRecord) -> bool:
     return record.settings["scores_from_top"] == default
 
 
-def comparable(records: Sequence[RunRecord], left_out: Sequence[LeftOut], baseline: str) -> Runs:
+def comparable(
+    records: Sequence[RunRecord], left_out: Sequence[LeftOut], baseline: str, metric: str = "map"
+) -> Runs:
     """Leave out what cannot be compared, and find what varies among the rest.
 
     Of runs with the same settings the latest counts, and others for the variants that it has not. Where such runs
@@ -116,7 +144,7 @@ def comparable(records: Sequence[RunRecord], left_out: Sequence[LeftOut], baseli
     kept = _with_same_topics(kept, left_out)
     axes = _axes(kept)
     kept.sort(key=lambda record: _order(record, axes))
-    return Runs(kept, axes, left_out, _of_datasets(kept))
+    return Runs(kept, axes, left_out, _of_datasets(kept), metric in RESIDUAL_METRICS)
 
 
 def _of_datasets(records: Sequence[RunRecord]) -> list[str]:
@@ -173,12 +201,22 @@ def _with_same_topics(records: Sequence[RunRecord], left_out: list[LeftOut]) -> 
 def _axes(records: Sequence[RunRecord]) -> tuple[str, ...]:
     """The settings that vary; not those that only follow another one."""
     names = list(records[0].settings) if records else []
-    axes = [name for name in names if len({record.setting(name) for record in records}) > 1]
+    axes = [name for name in names if _varies(records, name)]
     if all(map(follows_default, records)):
         axes = [name for name in axes if name != "scores_from_top"]
     if len({own.settings[SEED] for own in records if draws(own)}) < 2:
         axes = [name for name in axes if name != SEED]
     return tuple(sorted(axes, key=lambda name: (name in OF_HYDE, name not in OF_EMBEDDING)))
+
+
+def _varies(records: Sequence[RunRecord], name: str) -> bool:
+    """Whether runs differ in a setting that says something in them, and not only as the refinement method does."""
+    values: dict[Any, set[str]] = {}
+    for record in records:
+        if name in OF_HYDE or record.settings[name] is not None:
+            method = record.settings["refinement_method"] if name in OF_METHOD else None
+            values.setdefault(method, set()).add(record.setting(name))
+    return any(len(own) > 1 for own in values.values())
 
 
 def different_facts(

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from report_runs import Damaged, RunRecord
-from results import read_json, variant_files
+from results import REFINED_FROM, read_json, variant_files
 from words import one_line
 
 BINS = 8192  # of scores, from which densities and AUC are taken: an AUC is then right to about 1e-4
@@ -174,7 +174,7 @@ def read_details(run: RunRecord, baseline: str, metric: str) -> RunDetails:
 def closest_variant(run: RunRecord, baseline: str) -> str:
     """The variant to look at: the refined one with the highest mean, or the best of the others."""
     others = [variant for variant in run.values if variant != baseline] or [baseline]
-    return max(others, key=lambda own: (own.startswith("optimized"), run.mean(own)))
+    return max(others, key=lambda own: (own in REFINED_FROM, run.mean(own)))
 
 
 # --- Raw scores ------------------------------------------------------------------------------------------------------

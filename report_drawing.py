@@ -36,9 +36,9 @@ STYLE = {
 HATCH_INK = "0.25"
 DPI = 150
 BLACK, GREY, BLUE, ORANGE = "#000000", "#bdbdbd", "#0072b2", "#e69f00"
-GREEN, PURPLE, RED, SKY, PINK = "#009e73", "#882255", "#d55e00", "#56b4e9", "#cc79a7"
-COLOURS = dict(zip(VARIANTS, (GREY, BLUE, ORANGE, PINK), strict=False))
-HATCHES = dict(zip(VARIANTS, ("", "", "////", "...."), strict=False))
+GREEN, PURPLE, RED, SKY, PINK, YELLOW = "#009e73", "#882255", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442"
+COLOURS = dict(zip(VARIANTS, (GREY, SKY, BLUE, ORANGE, YELLOW, PINK, GREEN), strict=True))
+HATCHES = dict(zip(VARIANTS, ("", "\\\\\\\\", "", "////", "xxxx", "....", "----"), strict=True))
 LEGEND_LINE = 0.19  # inches
 LINES = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (PURPLE, "^", "-."), (GREEN, "D", ":"),
          (RED, "v", "-"), (SKY, "P", "--"), (BLACK, "X", "-."), (GREY, "*", ":"))  # fmt: skip

@@ -43,7 +43,7 @@ STAGES = {  # groups of stages, and what their names begin with
     "embedding": ("embed",),
     "HyDE passages": ("write passages",),
     "teacher": ("teacher",),
-    "refinement": ("refine",),
+    "refinement": ("refine", "prepare refinement"),
     "measuring and writing": ("measure",),
 }
 STAGE_STYLES = (

@@ -19,14 +19,18 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from errors import UserError
-from experiment_config import ExperimentConfig, fields, short_hash
+from experiment_config import METHOD_FLAGS, ExperimentConfig, fields, ignored_flags, short_hash
+from free_rerankers import NoisyGoldReranker
 from metrics import mean_known
-from results import LOCK, VARIANTS, is_run_config, read_json, variant_files
+from results import LOCK, REFINED_FROM, RERANKED_FROM, VARIANTS, is_run_config, read_json, variant_files
 from words import one_line, shown
 
 # Flags that stand in a run's settings under another name, or only say which variants there are.
-NAMED_APART = ("dataset", "embedding_model", "computation_types", "reranker_model", "optimize_with_gold",
+NAMED_APART = ("dataset", "embedding_model", "computation_types", "reranker_model", "optimize_with_gold", "refit",
                "llm_score_mode")  # fmt: skip
+SAID_MODES = ("yes_no", "verbalized", "groupwise")  # of a language model's scores, named with the teacher
+SIMULATED_TEACHER = NoisyGoldReranker.name
+OF_SIMULATED_TEACHER = ("teacher_flip_rate", "teacher_noise")
 MEANS_AGREE = 1e-5  # a mean over figures of six digits against the one in summary.json
 
 
@@ -42,7 +46,7 @@ class RunRecord:
         folder: where it lies.
         config, summary: its ``config.json`` and ``summary.json``.
         dataset, model: as people read them; two datasets or models under one name have their hash behind it.
-        settings: all else that was chosen and changes a figure, by name.
+        settings: all else that was chosen and changes a figure, by name; None where it says nothing in this run.
         facts: what figures depend on beside the settings.
         topics: names of the Q queries.
         values: variant to float64 [Q], the metric of each query; NaN where a query has none.
@@ -63,6 +67,11 @@ class RunRecord:
         """Whether the gold labels were the teacher."""
         return bool(self.config["flags"].get("optimize_with_gold"))
 
+    @property
+    def is_simulated(self) -> bool:
+        """Whether the gold labels with mistakes were the teacher."""
+        return self.settings["teacher"] == SIMULATED_TEACHER
+
     def mean(self, variant: str) -> float:
         """The mean over the queries that have a figure; minus infinity where none has."""
         mean = mean_known(self.values[variant])
@@ -73,8 +82,10 @@ class RunRecord:
         return shown(self.settings[name])
 
     def query_name(self, variant: str) -> str:
-        """A variant of the query as people read it; one that an oracle refined is said to be so."""
-        return VARIANTS[variant] + (" (oracle)" if self.is_oracle and variant.startswith("optimized") else "")
+        """A variant of the query as people read it; what an oracle or a simulation was asked for is said to be so."""
+        teacher = "oracle" if self.is_oracle else "simulated" if self.is_simulated else ""
+        asked = variant in REFINED_FROM or variant in RERANKED_FROM
+        return f"{VARIANTS[variant]} ({teacher})" if teacher and asked else VARIANTS[variant]
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -249,15 +260,27 @@ def _numbers(summary: Mapping[str, Any], config: Mapping[str, Any]) -> list[Any]
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What was chosen: the flags that change a figure, and the teacher as it was."""
+    """What was chosen: the flags that change a figure, and the teacher as it was; None for what says nothing here.
+
+    Raises:
+        ValueError: there is no such refinement method.
+    """
     flags, teacher = config["flags"], config["teacher"]
     mode = teacher.get("score_mode")
-    settings = {"teacher": f"{teacher['name']} ({mode})" if mode in ("yes_no", "verbalized") else teacher["name"]}
+    settings = {"teacher": f"{teacher['name']} ({mode})" if mode in SAID_MODES else teacher["name"]}
     for field in fields(ExperimentConfig):
         if field.metadata["changes_results"] and field.name not in NAMED_APART:
             settings[field.name] = value = flags.get(field.name, field.default)  # a flag younger than the run
             kinds = {float: float | int, type(None): str | None}.get(type(field.default), type(field.default))
             _check_kinds([value], kinds)
+    if "refinement_method" not in flags and flags.get("refit"):  # a run older than this flag
+        settings["refinement_method"] = "refit"
+    if settings["refinement_method"] not in METHOD_FLAGS:
+        raise ValueError(settings["refinement_method"])
+    ignored = ignored_flags(settings["refinement_method"], settings["prf_weight"])
+    if settings["teacher"] != SIMULATED_TEACHER:
+        ignored |= set(OF_SIMULATED_TEACHER)
+    settings |= dict.fromkeys(name for name in settings if name in ignored)
     settings["embedder_dtype"] = config["model"]["dtype"]
     settings["instruction_templates"] = Path(settings["instruction_templates"]).name
     return settings

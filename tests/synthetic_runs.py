@@ -14,14 +14,15 @@ from scipy.sparse import csr_array
 
 from experiment_config import ExperimentConfig, short_hash
 from metrics import METRICS, mean_metrics
-from ranking import measure
+from ranking import Measures
 from report_axes import depends_on
 from results import RunFolder, write_json
 from retrieval_dataset import RetrievalDataset
 
 K = 20
 APART = ("dataset", "embedding_model", "computation_types", "reranker_model", "optimize_with_gold", "llm_score_mode")
-RAISED_BY = {"embeddings": 0.0, "optimized_embeddings": 1.0, "hyde": 0.0, "optimized_hyde_embeddings": 1.3}
+RAISED_BY = {"embeddings": 0.0, "reranked": 0.0, "optimized_embeddings": 1.0, "hyde": 0.0, "reranked_hyde": 0.0,
+             "optimized_hyde_embeddings": 1.3, "gated_hyde": 1.3}  # fmt: skip
 
 
 @functools.cache
@@ -124,7 +125,7 @@ def write_run(
 def _raw(run, variant, data, random, separation, gold):
     """Write raw scores drawn at random, and measure them."""
     n_queries, n_documents = len(data.queries), len(data.documents)
-    blocks = []
+    measures = Measures(data)
     with run.raw_scores(variant, data) as writer:
         for first in range(0, n_queries, 10):
             rows = slice(first, min(first + 10, n_queries))
@@ -133,9 +134,9 @@ def _raw(run, variant, data, random, separation, gold):
             sampled = np.argsort(-scores, axis=1)[:, : min(K, n_documents)]
             truth = np.take_along_axis(relevant, sampled, axis=1).astype(np.float32)
             teacher = truth if gold else np.clip(0.2 + 0.6 * truth + 0.2 * random.standard_normal(truth.shape), 0, 1)
-            blocks.append(measure(rows, scores, data))
+            measures.add(rows, scores)
             writer.write(rows, scores, sampled, teacher.astype(np.float32))
-    return {metric: np.concatenate([block[metric] for block in blocks]) for metric in METRICS}
+    return measures.result()
 
 
 def _tensors(run, variant, data, metrics, random):

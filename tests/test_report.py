@@ -93,7 +93,7 @@ def test_the_command_prints_the_table_and_names_the_page(reported):
 def test_the_table_follows_from_the_result_files(reported):
     base, done = reported
     rows = rows_of((base / "output/report/main_table.csv").read_text())
-    assert len(rows) == 2 * 6  # of each dataset two learning rates, which do nothing to original and HyDE
+    assert len(rows) == 2 * 10  # of each dataset two learning rates, which do nothing to four of the seven variants
     tested = []
     for row in rows:
         folder = base / row["folder"]
@@ -102,7 +102,7 @@ def test_the_table_follows_from_the_result_files(reported):
             for variant in ("embeddings", row["variant"])
         )
         assert float(row["mean"]) == pytest.approx(after.mean(), rel=1e-8)
-        assert row["runs"] == ("2" if row["variant"] in ("embeddings", "hyde") else "1")
+        assert row["runs"] == ("2" if row["variant"] in ("embeddings", "reranked", "hyde", "reranked_hyde") else "1")
         if row["variant"] == "embeddings":
             assert row["change"] == row["p"] == row["lr"] == ""
             continue
@@ -116,10 +116,10 @@ def test_the_table_follows_from_the_result_files(reported):
         assert float(row["p"]) == pytest.approx(theirs.pvalue, abs=0.02)
         tested.append((float(row["p"]), float(row["p_holm"])))
         assert row["significant"] == str(float(row["p_holm"]) < 0.05)
-    assert len(tested) == 10
-    assert "corrected for the 10 tests of this table" in done.stdout  # HyDE is the same with both learning rates
+    assert len(tested) == 18
+    assert "corrected for the 18 tests of this table" in done.stdout  # HyDE is the same with both learning rates
     least = min(tested)
-    assert least[1] == pytest.approx(10 * least[0])
+    assert least[1] == pytest.approx(18 * least[0])
 
 
 def test_the_averages_rank_systems_over_the_datasets(reported):
@@ -594,8 +594,34 @@ def test_runs_of_one_experiment_with_other_variants_complete_each_other(tmp_path
     assert [run.folder for run in runs.records] == [every]
     assert [own.folder for own in runs.left_out] == [some] and "which has more variants" in runs.left_out[0].reason
     shutil.rmtree(every)
-    write_run(tmp_path / "hyde", variants=("embeddings", "hyde", "optimized_hyde_embeddings"))
+    write_run(tmp_path / "hyde", variants=("embeddings", *ALL[3:], "reranked"))
     assert {row.variant for row in compare(read(tmp_path), "embeddings")} == set(ALL)
+
+
+def test_flags_of_other_methods_say_nothing(tmp_path):
+    for method, more in (("adam_kl", {}), ("ridge", {}), ("ridge", {"ridge_lambda": 1.0}), ("refit", {"lr": 0.005})):
+        write_run(tmp_path / f"{method}{more}", variants=ALL[:3], refinement_method=method, **more)
+    write_run(tmp_path / "pulled", variants=ALL[:3], refinement_method="rocchio", prf_weight=0.3)
+    runs = read(tmp_path)
+    # The rate differs between adam_kl and refit only as the method does; prf_documents says nothing where it is off.
+    assert runs.axes == ("refinement_method", "ridge_lambda", "prf_weight")
+    by_method = {run.settings["refinement_method"]: run for run in runs.records}
+    assert by_method["ridge"].settings["lr"] is None and by_method["adam_kl"].settings["ridge_lambda"] is None
+    rows = compare(runs, "embeddings")
+    assert [len(row.runs) for row in rows if row.variant in ("embeddings", "reranked")] == [5, 5]
+    lines = find_ablations(runs, "embeddings").lines
+    assert [line.values for line in lines["ridge_lambda"]] == [(1.0, 3.0)]
+
+
+def test_settings_of_the_sample_count_for_residual_metrics_of_all_variants(tmp_path):
+    for scores in (10, 20):
+        write_run(tmp_path / f"run{scores}", variants=ALL[:3], total_scores=scores, scores_from_top=scores)
+    plain, residual = (comparable(*read_runs(find_run_folders([tmp_path]), name), "embeddings", name) for name in ("map", "residual_map"))
+    assert plain.axes_of("embeddings") == [] and residual.axes_of("embeddings") == ["total_scores"]
+    assert not residual.depends_on("embeddings", "refinement_method")
+    write_run(tmp_path / "rounds", variants=ALL[:3], feedback_rounds=2, refinement_method="ridge")
+    residual = comparable(*read_runs(find_run_folders([tmp_path]), "residual_map"), "embeddings", "residual_map")
+    assert {"total_scores", "feedback_rounds", "refinement_method"} <= set(residual.axes_of("embeddings"))
 
 
 def test_a_setting_that_a_variant_does_not_depend_on_makes_no_second_comparison(tmp_path):
@@ -610,10 +636,10 @@ def test_a_setting_that_a_variant_does_not_depend_on_makes_no_second_comparison(
     assert all(row.p_holm >= row.p or math.isnan(row.p) for row in rows)
     shared = {variant: [len(row.runs) for row in rows if row.variant == variant] for variant in ALL}
     # Refined queries are the same with and without HyDE; HyDE is the same whatever the learning rate.
-    assert shared == {"embeddings": [4], "optimized_embeddings": [2, 2], "hyde": [2],
-                      "optimized_hyde_embeddings": [1, 1]}  # fmt: skip
+    assert shared == {"embeddings": [4], "reranked": [2], "optimized_embeddings": [2, 2], "hyde": [2],
+                      "reranked_hyde": [2], "optimized_hyde_embeddings": [1, 1], "gated_hyde": [1, 1]}  # fmt: skip
     lines = find_ablations(runs, "embeddings").lines
-    assert {line.variant for line in lines["lr"]} == {"optimized_embeddings", "optimized_hyde_embeddings"}
+    assert {line.variant for line in lines["lr"]} == {"optimized_embeddings", "optimized_hyde_embeddings", "gated_hyde"}
     assert "hyde_model" not in lines
 
 
@@ -861,14 +887,14 @@ def overlaps(boxes):
     return [(a, b) for (a, one), (b, other) in itertools.combinations(boxes.items(), 2) if one.overlaps(other)]
 
 
-def test_no_labels_overlap_with_five_models_six_datasets_and_four_variants(tmp_path):
+def test_no_labels_overlap_with_five_models_six_datasets_and_seven_variants(tmp_path):
     datasets = ("Clinc150", "Banking77", "ArgKP21", "NFCorpus", "FollowIR", "RealScholarQueryWithAVeryLongNameIndeed")
     models = [f"org/{name}" for name in ("Qwen3-Embedding-0.6B", "llama-embed-nemotron-8b", "e5", "MiniLM", "m" * 60)]
     for dataset, model in itertools.product(datasets, models):
         write_run(tmp_path / f"{dataset}{models.index(model)}", dataset=dataset, model=model, variants=ALL)
     runs = read(tmp_path)
     rows = compare(runs, "embeddings")
-    assert len(rows) == 120
+    assert len(rows) == 210
     with report_drawing.drawing():
         figure = report_figures.bars(rows, lambda run: {"model": run.model} | runs.named(run), "map")
         canvas = FigureCanvasAgg(figure)
