@@ -27,7 +27,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the study runs a process for each core
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the study runs a process for each core
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -127,7 +128,6 @@ def loaded(dataset: str, data_dir: str, cache_dir: str) -> tuple[Any, ...]:
 
 def measure(dataset: str, data_dir: str, cache_dir: str, settings: Settings) -> dict[str, Figures]:
     """The means of the refined queries for one setting; with the paper's method also of the controls."""
-    logging.disable(logging.WARNING)
     data, texts, prompts, queries, documents = loaded(dataset, data_dir, cache_dir)
     given = {"embedding_model": MODEL, "reranker_model": "gold-noisy", "cache_dir": cache_dir, **settings}
     this = prepare(build_config({name: str(v) for name, v in given.items()}), "cpu", prompts, data, texts)
@@ -169,7 +169,9 @@ class Study:
         jobs = dict(sorted(jobs.items(), key=lambda item: DATASETS.index(item[1][0])))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         is_new = not self.path.exists()
-        with open(self.path, "a", newline="") as file, ProcessPoolExecutor(self.options.workers) as pool:
+        with open(self.path, "a", newline="") as file, ProcessPoolExecutor(
+            self.options.workers, initializer=logging.disable, initargs=(logging.WARNING,)
+        ) as pool:
             writer = csv.writer(file)
             if is_new:
                 writer.writerow(["key", "figures"])

@@ -1,10 +1,11 @@
 """Rounds of feedback, their controls, and the teachers that need no model."""
 
+import json
 import math
 
 import numpy as np
 import pytest
-from conftest import write_folder_dataset
+from conftest import MINILM, ROOT, run_script, write_folder_dataset
 from test_ranking import random_dataset
 
 from dataset_loaders import load_dataset
@@ -17,6 +18,20 @@ from ranking import Measures, measure_queries, put_scored_first, sample_document
 
 def flags(**given):
     return build_config({name: str(value) for name, value in given.items()})
+
+
+def test_the_studys_figures_are_those_of_runs(tmp_path, minilm_cache, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from method_study import measure
+
+    settings = {"refinement_method": "centred_ridge", "prf_weight": 0.3, "feedback_rounds": 3, "total_scores": 10}
+    found = measure("Demo", "unused", str(minilm_cache), settings)["refined"]
+    given = {"dataset": "Demo", "embedding_model": MINILM, "reranker_model": "gold-noisy", "cache_dir": minilm_cache}
+    given |= {"output_dir": tmp_path, "experiment_name": "run", **settings}
+    run_script("embedding_adaptation.py", *(f"--{name}={value}" for name, value in given.items()))
+    means = json.loads((tmp_path / "run" / "summary.json").read_text())["means"]
+    assert found == {name: pytest.approx(means["optimized_embeddings"][name], abs=1e-9) for name in found}
+    assert means["reranked"]["residual_map"] == means["embeddings"]["residual_map"]
 
 
 # --- Which documents ---
