@@ -12,6 +12,7 @@ scratch it takes about 25 minutes on two cores.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
@@ -161,7 +162,9 @@ class Study:
         self.figures: dict[str, dict[str, Figures]] = {}
         if self.path.exists():
             with open(self.path, newline="") as file:
-                self.figures = {row["key"]: json.loads(row["figures"]) for row in csv.DictReader(file)}
+                for row in csv.DictReader(file):
+                    with contextlib.suppress(ValueError, TypeError):  # a line that a kill has torn
+                        self.figures[row["key"]] = json.loads(row["figures"])
 
     def compute(self, wanted: Iterable[tuple[str, Settings]]) -> None:
         """Compute what is not there yet."""

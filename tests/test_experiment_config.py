@@ -121,3 +121,39 @@ def test_every_field_has_a_meaning():
     for field in dataclasses.fields(ExperimentConfig):
         assert field.metadata["help"]
         assert isinstance(field.metadata["changes_results"], bool)
+
+
+def test_methods_bring_defaults_of_their_own_unless_they_are_given():
+    assert build_config({"refinement_method": "refit"}).lr == 0.005
+    assert build_config({"refinement_method": "refit", "lr": "0.1"}).lr == 0.1
+    assert build_config({"refinement_method": "centred_ridge"}).neutral_score == 0.2
+    assert build_config({"refinement_method": "ridge"}).neutral_score == 0.5
+    preset, spelled = build_config({"refit": "True"}), build_config({"refinement_method": "refit"})
+    assert preset.refinement_method == "refit" and preset.lr == spelled.lr
+    assert preset.reranker_model != spelled.reranker_model == ExperimentConfig().reranker_model
+
+
+def test_flags_of_other_methods_do_not_count():
+    one, other = build_config({"refinement_method": "ridge", "lr": "1"}), build_config({"refinement_method": "ridge"})
+    assert one.result_flags() == other.result_flags()
+    assert build_config({"lr": "1"}).result_flags() != build_config({}).result_flags()
+    assert build_config({"prf_documents": "3"}).result_flags() == build_config({}).result_flags()
+    pulled = {"prf_weight": "0.3"}
+    assert build_config(pulled | {"prf_documents": "3"}).result_flags() != build_config(pulled).result_flags()
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"refit": "True", "refinement_method": "ridge"}, "--refit: means --refinement_method refit, got ridge"),
+        ({"feedback_rounds": "21"}, "--feedback_rounds: got 21, must be at most --total_scores, which is 20"),
+        ({"ridge_lambda": "0"}, "--ridge_lambda: got '0', must be a finite number above 0"),
+        ({"rocchio_alpha": "-1"}, "--rocchio_alpha: got '-1', must be a finite number, 0 or more"),
+        ({"neutral_score": "1.5"}, "--neutral_score: got '1.5', must be a share from 0 to 1"),
+        ({"computation_types": "gated_hyde"}, "--computation_types: 'gated_hyde' needs --hyde_model, which is not set"),
+    ],
+)
+def test_what_methods_and_rounds_do_not_allow(given, problem):
+    with pytest.raises(UserError) as caught:
+        build_config(given)
+    assert problem in str(caught.value) and len(str(caught.value).splitlines()) == 1
