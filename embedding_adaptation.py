@@ -27,7 +27,7 @@ from scipy.sparse import csr_array
 from dataset_loaders import dataset_facts, load_dataset
 from devices import choose_device
 from errors import UserError, run_command
-from experiment_config import ExperimentConfig, parse_arguments
+from experiment_config import ExperimentConfig, idle_flags, parse_arguments
 from feedback import Start, ask_teacher, choose_start, next_documents, refine, scored_documents
 from instruction_templates import fill_templates, read_templates, templates_for
 from metrics import mean_metrics
@@ -66,6 +66,8 @@ def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
     """Do one run. What the user may have got wrong is found before the first text is embedded or a file is touched."""
     seconds: dict[str, float] = {}
     check_run(config)
+    if idle := idle_flags(config):
+        logger.warning("no effect with this method and teacher: %s", ", ".join(f"--{name}" for name in idle))
     prompts = read_templates(config.instruction_templates)
     facts = dataset_facts(config.dataset, config.data_dir)
     digest = run_hash(config, run_sources(config, prompts, facts))
@@ -226,7 +228,6 @@ def refiner(this: Run, documents: np.ndarray) -> Callable[..., Refinement]:
     config, corpus = this.config, None
     if config.refinement_method in ("whitened_ridge", "centred_ridge"):
         corpus = corpus_statistics(torch.from_numpy(documents), device=this.embedder.device)
-    expects_shares = "neutral_score" in config.method_flags
     return partial(
         refine,
         documents=documents,
@@ -234,7 +235,7 @@ def refiner(this: Run, documents: np.ndarray) -> Callable[..., Refinement]:
         config=config,
         device=this.embedder.device,
         corpus=corpus,
-        normalise_scores=expects_shares and not this.reranker.bounded,
+        bounded=this.reranker.bounded,
     )
 
 
@@ -293,7 +294,8 @@ def summarise(
         left = dataset.relevance.sum(axis=1) - dataset.relevance.multiply(scored).sum(axis=1)
         summary["queries_without_unscored_relevant_documents"] = found_all = int((left == 0).sum()) - without
         if found_all:
-            logger.info("residual metrics leave out %d queries that have no unscored relevant document", found_all)
+            what = "all their relevant documents are scored"
+            logger.info("%d of %d queries have no residual metrics: %s", found_all, len(dataset.queries), what)
     if GATED in starts:
         summary[GATED] = {"queries_from_hyde": list(itertools.compress(dataset.query_ids, starts[GATED].from_hyde))}
     if this.hyde:

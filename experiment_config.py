@@ -44,6 +44,7 @@ COMPUTED = {
     "optimized_hyde": ("reranked_hyde", "optimized_hyde_embeddings"),
     "gated_hyde": ("gated_hyde",),
 }
+SIMULATED_TEACHER = "gold-noisy"
 HERE = Path(__file__).resolve().parent
 TRUE_WORDS = ("true", "1", "yes")
 FALSE_WORDS = ("false", "0", "no")
@@ -67,11 +68,14 @@ class Rule:
 
 
 POSITIVE_NUMBER = Rule(lambda value: math.isfinite(value) and value > 0, "a finite number above 0")
+SCORE = Rule(lambda value: 0 <= value <= 1, "a number from 0 to 1")
 POSITIVE = Rule(lambda value: value >= 1, "a whole number, 1 or more")
 NOT_NEGATIVE = Rule(lambda value: value >= 0, "a whole number, 0 or more")
 NOT_EMPTY = Rule(lambda value: bool(value and value.strip()), "a name, not an empty text")
 NOT_EMPTY_IF_SET = Rule(lambda value: value is None or bool(value.strip()), "a name, not an empty text")
-NOT_BELOW_ZERO = Rule(lambda value: math.isfinite(value) and value >= 0, "a finite number, 0 or more")
+NOT_BELOW_ZERO = Rule(lambda value: 0 <= value <= 1e6, "a number from 0 to 1,000,000")
+PRIOR_STRENGTH = Rule(lambda value: 1e-6 <= value <= 1e9, "a number from 1e-6 to 1e9")
+RATE = Rule(lambda value: 0 < value <= 1e6, "a number above 0, at most 1,000,000")
 SHARE = Rule(lambda value: 0 <= value <= 1, "a share from 0 to 1, such as 0.05")
 LONGEST_NAME = 240  # bytes; a file name may have 255
 DEVICE = Rule(
@@ -160,22 +164,23 @@ class ExperimentConfig:
         one_of(*METHOD_FLAGS),
     )
     lr: float = flag(
-        1e-4, "learning rate of Adam (adam_kl; refit, where it is 0.005 unless you set it)", POSITIVE_NUMBER
+        1e-4, "learning rate of Adam, for adam_kl and refit; with refit the default is 0.005", RATE
     )
     num_steps: int = flag(
-        100, "gradient steps a query (adam_kl, refit); 0 leaves every query where it was", NOT_NEGATIVE
+        100, "gradient steps a query, for adam_kl and refit; with 0 the scores move nothing", NOT_NEGATIVE
     )
     rocchio_alpha: float = flag(2.0, "how far rocchio moves a query, in its lengths", NOT_BELOW_ZERO)
     ridge_lambda: float = flag(
-        3.0, "prior strength of the three ridges; the larger, the less a query moves", POSITIVE_NUMBER
+        3.0, "prior strength of the three ridges; the larger, the less a query moves", PRIOR_STRENGTH
     )
     neutral_score: float = flag(
-        0.5, "score that the ridges take for neither relevant nor irrelevant (centred_ridge: 0.2 unless set)", SHARE
+        0.5, "score that the ridges take for neither relevant nor irrelevant (centred_ridge: 0.2 by default)", SCORE
     )
     prf_weight: float = flag(
         0.0,
-        "pseudo relevance feedback: pull each query by this much to what stands out among its next documents, then "
-        "refine again; asks nobody, helps with any method; 0 is off, 0.3 is good",
+        "pseudo relevance feedback with any method: pull each query by this much to what stands out among its next "
+        "documents, then refine again; asks nobody; helps where a query has a hundred relevant documents or more, may "
+        "hurt elsewhere; 0 is off, try 0.3",
         NOT_BELOW_ZERO,
     )
     prf_documents: int = flag(500, "how many of the next documents it looks at", POSITIVE)
@@ -186,8 +191,8 @@ class ExperimentConfig:
     )
     feedback_rounds: int = flag(
         1,
-        "spend --total_scores in so many rounds: after each the queries are refined, and the next documents are the "
-        "first ones not scored yet",
+        "spend --total_scores in so many rounds: after each the queries are refined and rank again, and the next round "
+        "takes its share of --total_scores and --scores_from_top from what is not scored yet",
         POSITIVE,
     )
     optimize_with_gold: bool = flag(False, "teacher = the gold labels: an oracle, for reference")
@@ -318,6 +323,14 @@ class ExperimentConfig:
         return {name: value for name, value in flags.items() if name not in ignored}
 
 
+def idle_flags(config: ExperimentConfig) -> list[str]:
+    """The flags that were set to something else than their default and say nothing in this run."""
+    ignored = ignored_flags(config.refinement_method, config.prf_weight)
+    if config.optimize_with_gold or config.reranker_model != SIMULATED_TEACHER:
+        ignored |= {"teacher_flip_rate", "teacher_noise"}
+    return [f.name for f in fields() if f.name in ignored and getattr(config, f.name) != f.default]
+
+
 def ignored_flags(method: str, prf_weight: float) -> set[str]:
     """The flags that say nothing in a run with this refinement method and pseudo relevance feedback."""
     ignored = {name for own in METHOD_FLAGS.values() for name in own} - set(METHOD_FLAGS[method])
@@ -403,7 +416,7 @@ def build_config(given: Mapping[str, str]) -> ExperimentConfig:
         values = {**REFIT_PRESET, **values}
     method = values.get("refinement_method", "adam_kl")
     if values.get("refit") and method != "refit":
-        problems.append(f"--refit: means --refinement_method refit, got {method}")
+        problems.append(f"--refit: cannot be used with --refinement_method {method}; it means refit")
     values = {**METHOD_DEFAULTS.get(method, {}), **values}
     defaults = ExperimentConfig()
     total = values.get("total_scores", defaults.total_scores)

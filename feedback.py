@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from experiment_config import ExperimentConfig
+from errors import UserError
+from experiment_config import METHOD_FLAGS, ExperimentConfig
 from ranking import sample_documents, sampled_ranks, unit_length
 from rerankers import Reranker
 from results import GATED
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 GATHER_BYTES = 1 << 29  # scored documents' vectors held at once
 TRAJECTORY_EVERY = 10
+SEEDS_APART = 1_000_003  # between rounds: farther than users' seeds
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Start:
 def ranks_for_teacher(config: ExperimentConfig, number: int, n_candidates: int) -> np.ndarray:
     """Which of a query's ranks the teacher gets to see in a round, int64 [K].
 
-    Every query draws afresh from the same seed. Each round has its share of ``total_scores`` and ``scores_from_top``.
+    Every query draws afresh from the same seed, each round from another one. Each round has its share of
+    ``total_scores`` and ``scores_from_top``.
 
     Args:
         config: its flags.
@@ -74,7 +77,7 @@ def ranks_for_teacher(config: ExperimentConfig, number: int, n_candidates: int) 
         n_candidates: that are not scored yet.
     """
     total, top = (share(n, config.feedback_rounds, number) for n in (config.total_scores, config.scores_from_top))
-    return sampled_ranks(n_candidates, total, top, config.random_seed)
+    return sampled_ranks(n_candidates, total, top, config.random_seed + number * SEEDS_APART)
 
 
 def share(count: int, rounds: int, number: int) -> int:
@@ -109,8 +112,11 @@ def next_documents(
     found = {}
     for name, start in starts.items():
         if name == GATED and number == 0:
-            firsts = ("embeddings", "hyde")
-            found[name] = in_turn(*(found.get(first, sample(current[first], start.sampled)) for first in firsts))
+            firsts = [
+                found[first] if first in found else sample(current[first], start.sampled)
+                for first in ("embeddings", "hyde")
+            ]
+            found[name] = in_turn(*firsts)
         else:
             found[name] = sample(current[name], start.sampled)
     return found
@@ -188,7 +194,7 @@ def refine(
     config: ExperimentConfig,
     device: str,
     *,
-    normalise_scores: bool,
+    bounded: bool | None,
     corpus: CorpusStatistics | None,
     trajectory: bool,
 ) -> Refinement:
@@ -200,12 +206,19 @@ def refine(
         dataset: for the candidates.
         config: the method and its parameters.
         device: where to compute; the result is in main memory.
-        normalise_scores: as for :func:`query_refinement.refine_queries`.
-        corpus: as there.
+        bounded: whether scores are shares from 0 to 1; None where only they themselves can tell.
+        corpus: as for :func:`query_refinement.refine_queries`.
         trajectory: whether to keep losses and vectors by step (of the second move, where there are two).
+
+    Raises:
+        UserError: the parameters lead to vectors that are not finite.
     """
+    if bounded is None:
+        said = start.teacher_scores[~np.isnan(start.teacher_scores)]
+        bounded = bool(((said >= 0) & (said <= 1)).all())
     vectors = start.vectors if "lr" in config.method_flags else unit_length(start.vectors.copy())
-    settings = {"normalise_scores": normalise_scores, "corpus": corpus, **config.method_flags}
+    expects_shares = "neutral_score" in config.method_flags
+    settings = {"normalise_scores": expects_shares and not bounded, "corpus": corpus, **config.method_flags}
     settings["method"] = config.refinement_method
     if config.prf_weight:
         refined = _refine_rows(start, vectors, documents, device, settings)
@@ -229,7 +242,11 @@ def _refine_rows(
         inputs = (vectors[rows], documents[start.sampled[rows]], start.teacher_scores[rows])
         return refine_queries(*(torch.from_numpy(array).to(device) for array in inputs), **settings).cpu()
 
-    return concatenate([refine_rows(rows) for rows in _pieces(start.sampled, documents)])
+    refinement = concatenate([refine_rows(rows) for rows in _pieces(start.sampled, documents)])
+    if not refinement.vectors.isfinite().all():
+        flags = ", ".join(f"--{name}" for name in settings if name in METHOD_FLAGS[settings["method"]])
+        raise UserError(f"{flags}, --prf_weight: refined queries are not finite numbers; choose smaller values")
+    return refinement
 
 
 def _pulls(
@@ -251,5 +268,6 @@ def _pulls(
 def _pieces(sampled: np.ndarray, documents: np.ndarray) -> list[slice]:
     """Which queries' documents to gather at once; sampled is [Q, K]."""
     n_queries, k = sampled.shape
-    size = max(1, GATHER_BYTES // max(1, 4 * k * documents.shape[1]))
+    each = max(4 * k * documents.shape[1], 12 * k * k)  # the ridges compare documents with each other
+    size = max(1, GATHER_BYTES // max(1, each))
     return [slice(first, first + size) for first in range(0, n_queries, size)]

@@ -5,13 +5,14 @@ Each is a :class:`rerankers.Reranker`.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from experiment_config import ExperimentConfig
+from experiment_config import SIMULATED_TEACHER, ExperimentConfig
 from retrieval_dataset import RetrievalDataset, row_of
 
 WRONG, RIGHT = 0.1, 0.9  # what the noisy teacher says of an irrelevant and of a relevant document
@@ -61,7 +62,7 @@ class NoisyGoldReranker(_FreeReranker):
         seed: another one is another teacher.
     """
 
-    name = "gold-noisy"
+    name = SIMULATED_TEACHER
     score_mode = "noisy gold labels"
     bounded = True
 
@@ -92,7 +93,7 @@ def _noisy_identity(flip_rate: float, noise: float, seed: int) -> dict[str, Any]
 class BM25Reranker(_FreeReranker):
     """BM25 of the query's words (k1 = 1.5, b = 0.75, Lucene's variant), with statistics over the whole corpus.
 
-    English stop words are left out, nothing is stemmed.
+    English stop words and words of one character are left out, nothing is stemmed.
     """
 
     name = "bm25"
@@ -100,22 +101,29 @@ class BM25Reranker(_FreeReranker):
     score_mode = "bm25"
     bounded = False
 
+    def __init__(self) -> None:
+        self._scores_of: Callable[[int], np.ndarray] | None = None
+
     def score(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
         """See :class:`rerankers.Reranker`."""
+        if self._scores_of is None:  # one run has one dataset, and perhaps several rounds
+            self._scores_of = self._index(dataset)
+        return _by_query(sampled, lambda query, own: self._scores_of(query)[own])
+
+    def _index(self, dataset: RetrievalDataset) -> Callable[[int], np.ndarray]:
+        """From a query to the scores of all documents, float32 [N]."""
         import bm25s
 
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
         words = {"stopwords": self.identity["stopwords"], "show_progress": False}
         corpus = bm25s.tokenize(dataset.documents, **words)
         if not corpus.vocab:  # not one word in the whole corpus
-            return _by_query(sampled, lambda _, own: np.zeros(len(own)))
+            return lambda _: np.zeros(len(dataset.documents))
         index = bm25s.BM25(k1=self.identity["k1"], b=self.identity["b"], method="lucene")
         index.index(corpus, show_progress=False)
         queries = bm25s.tokenize(dataset.queries, return_ids=False, **words)
-
-        def score_query(query: int, own: np.ndarray) -> np.ndarray:
-            return index.get_scores(queries[query])[own] if queries[query] else np.zeros(len(own))
-
-        return _by_query(sampled, score_query)
+        nothing = np.zeros(len(dataset.documents))
+        return lambda query: index.get_scores(queries[query]) if queries[query] else nothing
 
 
 def _by_query(sampled: np.ndarray, score: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:

@@ -174,7 +174,7 @@ class _Preview:
                 cost.unknown[str(error)] = None
                 cost.at_most += self._first_answers(members)
             if later := sum(map(self._later_answers, different.values())):
-                cost.unknown["before the first round"] = None
+                cost.unknown["later rounds depend on the first"] = None
                 cost.at_most += later
         if samples:
             size = max(sample.shape[1] for sample in samples)

@@ -122,7 +122,7 @@ class GroupwiseJudge:
         self.seed = seed
         self.max_failed = max_failed
         self.name = model.address.name
-        self.identity = judge_identity(self.name, GROUPWISE, prompts, max_characters)
+        self.identity = judge_identity(self.name, GROUPWISE, prompts, max_characters, seed)
         self._cache = model.records(cache_dir, "scores of a group", str, mode=GROUPWISE, parameters=PARAMETERS)
 
     @property
@@ -231,22 +231,34 @@ class GroupwiseJudge:
             questions(), None, self._cache, PARAMETERS, total=len(groups), description=description, **limits
         )
 
-    def _read(self, completion: Any, count: int) -> str:
+    def _read(self, completion: Any, count: int, earlier: dict[int, int] | None = None) -> str:
         """The scores of an answer as they are kept: JSON, number to score.
+
+        Args:
+            completion: ``openai.types.chat.ChatCompletion``.
+            count: how many documents there are.
+            earlier: what was right in an answer before, which this one may leave out.
 
         Raises:
             UnreadableAnswerError: with the messages that ask for a better answer.
         """
-        text = completion.choices[0].message.content or ""
+        answer = without_thoughts(completion.choices[0].message.content or "")
         try:
-            return json.dumps(read_scores(text, count))
+            scores = read_scores(answer, count)
         except UnreadableAnswerError as error:
-            repair = [
-                {"role": "assistant", "content": without_thoughts(text)},
-                {"role": "user", "content": self.prompts.fill_repair(str(error))},
-            ]
-            known = json.dumps(error.partial) if error.partial else None
-            raise UnreadableAnswerError(str(error), repair, known) from None
+            scores = (earlier or {}) | (error.partial or {})
+            if len(scores) < count or not earlier:
+                repair = [
+                    {"role": "assistant", "content": answer},
+                    {"role": "user", "content": self.prompts.fill_repair(str(error))},
+                ]
+                raise UnreadableAnswerError(
+                    str(error),
+                    repair if answer else (),  # services refuse an empty message
+                    json.dumps(scores) if scores else None,
+                    partial(self._read, count=count, earlier=scores),
+                ) from None
+        return json.dumps(scores)
 
     def _messages(self, dataset: RetrievalDataset, group: Group) -> list[dict[str, str]]:
         texts = [dataset.documents[document][: self.max_characters] for document in group.documents]

@@ -89,9 +89,13 @@ def verbalized_score(completion: Any) -> float:
 READ = {"yes_no": yes_probability, "verbalized": verbalized_score}
 
 
-def judge_identity(name: str, score_mode: str, prompts: JudgePrompts, max_characters: int) -> dict[str, Any]:
+def judge_identity(
+    name: str, score_mode: str, prompts: JudgePrompts, max_characters: int, seed: int | None = None
+) -> dict[str, Any]:
     """What a judge's scores depend on, JSON-able; ``name`` is the model's with its service."""
-    return {"model": name, "mode": score_mode, "prompts": asdict(prompts), "cut": max_characters}
+    used = {key: text for key, text in asdict(prompts).items() if key == "task" or (key in READ) == (seed is None)}
+    identity = {"model": name, "mode": score_mode, "prompts": used, "cut": max_characters}
+    return identity if seed is None else identity | {"seed": seed}
 
 
 class LLMJudge:

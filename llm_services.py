@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -182,12 +182,20 @@ class UnreadableAnswerError(Exception):
         follow_up: messages that go behind the question's own when it is asked again, such as the answer and what is
             wrong with it.
         partial: a value that will do when that does not help either; None for none.
+        read: how to read the next answer, where that depends on this one.
     """
 
-    def __init__(self, reason: str, follow_up: Sequence[dict[str, str]] = (), partial: Any = None) -> None:
+    def __init__(
+        self,
+        reason: str,
+        follow_up: Sequence[dict[str, str]] = (),
+        partial: Any = None,
+        read: Callable[[Any], Any] | None = None,
+    ) -> None:
         super().__init__(reason)
         self.follow_up = list(follow_up)
         self.partial = partial
+        self.read = read
 
 
 class NoLogprobsError(Exception):

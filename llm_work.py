@@ -179,13 +179,13 @@ class Work:
         """One question, with its retries; returns its value, and the tokens of all its answers."""
         tries = waits = unreadable = 0
         paid, answers_before = (0, 0), self.answers
-        messages, partial = question.messages, None
+        messages, read, partial = question.messages, question.read or self.read, None
         while True:
             try:
                 completion = await self.call(messages)
                 tokens = self.model.usage.count(completion)
                 paid = (paid[0] + tokens[0], paid[1] + tokens[1])
-                return self.value_of(completion, question), paid
+                return self.value_of(completion, read), paid
             except UnreadableAnswerError as error:
                 unreadable += 1
                 partial = error.partial or partial
@@ -193,7 +193,7 @@ class Work:
                     if partial:
                         return partial, paid
                     raise NoAnswerError(str(error)) from None
-                messages = [*question.messages, *error.follow_up]
+                messages, read = [*question.messages, *error.follow_up], error.read or read
                 self.model.usage.retries += 1
             except RefusedParameterError as error:
                 self.do_without(str(error))
@@ -210,10 +210,10 @@ class Work:
             if self.stopped.done():
                 raise _StoppedError
 
-    def value_of(self, completion: Any, question: Question) -> Any:
+    def value_of(self, completion: Any, read: Callable[[Any], Any]) -> Any:
         """What ``read`` makes of an answer; endpoints send answers of any shape."""
         try:
-            value = (question.read or self.read)(completion)
+            value = read(completion)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise UnreadableAnswerError(f"an answer of another shape ({type(error).__name__})") from None
         if isinstance(value, float) and not math.isfinite(value):

@@ -83,7 +83,7 @@ class LocalReranker:
         self.source = source
         self.name = source.name
         self.score_mode = "cross-encoder" if prompt is None else "next token"
-        self.bounded = prompt is not None  # a cross-encoder's scores are logits
+        self.bounded = None if prompt is None else True  # cross-encoders give logits, or shares of them
         self.device, self.dtype = device, dtype
         self.batch_size = batch_size
         self.max_tokens = max_tokens

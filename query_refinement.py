@@ -20,7 +20,8 @@ from torch.nn.functional import normalize
 from kl_loss import loss_and_gradient, min_max, teacher_distribution
 
 METHODS = ("adam_kl", "refit", "rocchio", "ridge", "whitened_ridge", "centred_ridge")
-REFIT_TEMPERATURE = 2.0
+PAPER_LR, REFIT_LR, REFIT_TEMPERATURE = 1e-4, 0.005, 2.0
+NEUTRAL, CENTRED_NEUTRAL = 0.5, 0.2  # scores that say neither
 BETA_1, BETA_2, ADAM_EPSILON = 0.9, 0.999, 1e-8
 # Every step reads all documents twice. On a CPU that is twice as fast when they stay in its caches.
 CPU_BLOCK_BYTES = 1 << 23
@@ -74,11 +75,11 @@ def refine_queries(
     scores: Tensor,
     *,
     method: str = "adam_kl",
-    lr: float = 1e-4,
+    lr: float | None = None,
     num_steps: int = 100,
     rocchio_alpha: float = 2.0,
     ridge_lambda: float = 3.0,
-    neutral_score: float = 0.5,
+    neutral_score: float | None = None,
     corpus: CorpusStatistics | None = None,
     normalise_scores: bool = False,
     trajectory_every: int | None = None,
@@ -87,7 +88,7 @@ def refine_queries(
 
     A query's result does not depend on which others are refined with it, nor on the order of its documents. The
     formulas stand with the methods below; ``adam_kl`` is the paper's (arXiv 2605.12487), ``refit`` that of ReFIT
-    (arXiv 2305.11744), whose learning rate is 0.005.
+    (arXiv 2305.11744). Refined vectors are not of unit length.
 
     Args:
         query_vectors: float32 [Q, D]; give them unit length, for which all defaults are made. One of length 0 has no
@@ -97,13 +98,13 @@ def refine_queries(
         scores: float32 [Q, K], the teacher's; NaN where there is none. Such documents take no part. A query with
             fewer than two scores keeps its vector.
         method: one of ``METHODS``.
-        lr: learning rate of Adam, for ``adam_kl`` and ``refit``. Adam moves a coordinate by about ``lr`` a step
-            whatever its size.
+        lr: learning rate of Adam, for ``adam_kl`` (None: 1e-4) and ``refit`` (None: 0.005). Adam moves a coordinate by
+            about ``lr`` a step whatever its size.
         num_steps: of Adam; 0 moves nothing.
         rocchio_alpha: how far ``rocchio`` goes, in lengths of the query.
         ridge_lambda: strength of the ridges' prior, above 0; the larger, the less a query moves.
-        neutral_score: the score that the ridges take for neither relevant nor irrelevant; 0.2 is better for
-            ``centred_ridge``.
+        neutral_score: the score that the ridges take for neither relevant nor irrelevant; None: 0.5, with
+            ``centred_ridge`` 0.2.
         corpus: from :func:`corpus_statistics`, for ``whitened_ridge`` and ``centred_ridge``.
         normalise_scores: min-max normalise each query's scores first: for a teacher whose scores are no shares from 0
             to 1, which the ridges expect. ``refit`` always does.
@@ -129,6 +130,10 @@ def refine_queries(
     if scores.isinf().any():
         raise ValueError("scores hold infinity; use NaN for a document without a score")
     known = ~scores.isnan()
+    if lr is None:
+        lr = REFIT_LR if method == "refit" else PAPER_LR
+    if neutral_score is None:
+        neutral_score = CENTRED_NEUTRAL if method == "centred_ridge" else NEUTRAL
     if normalise_scores or method == "refit":
         scores = min_max(scores, known, equal=neutral_score)
     if method in ("adam_kl", "refit"):
@@ -299,8 +304,8 @@ def corpus_statistics(
 def pseudo_feedback(query_vectors: Tensor, pool_vectors: Tensor, there: Tensor) -> Tensor:
     """Where the documents that stand out in a query's ranking lie, beside the others near the top; no teacher is asked.
 
-    Of a pool, the first documents of the ranking that nobody has scored, those count as relevant whose cosine is at
-    least 1.5 standard deviations over the pool's mean: ``f = Σ (lⱼ − mean(l))·d̂ⱼ / √(Σ l)`` with labels ``l`` of 1 and
+    Of a pool, the first documents of the ranking that nobody has scored, those count as relevant whose cosine is more
+    than 1.5 standard deviations over the pool's mean: ``f = Σ (lⱼ − mean(l))·d̂ⱼ / √(Σ l)`` with labels ``l`` of 1 and
     0. Ours; pseudo relevance feedback goes back to Attar and Fraenkel (1977).
 
     Args:

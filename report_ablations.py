@@ -13,9 +13,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from report_axes import SEED, Runs, different_facts, draws, follows_default, in_order, is_number
+from report_axes import (
+    OF_METHOD,
+    SEED,
+    Runs,
+    different_facts,
+    draws,
+    follows_default,
+    has_usual_method,
+    in_order,
+    is_number,
+)
 from report_runs import RunRecord
-from results import VARIANTS
+from results import REFINED_FROM, VARIANTS
 from significance import bootstrap_interval
 
 MOST_PAIRS = 3  # of axes, as heat maps
@@ -93,7 +103,7 @@ def _all_lines(runs: Runs, variants: Sequence[str], baseline: str) -> tuple[dict
         if not groups:
             refused.append(f"{axis} is not shown: no two runs differ in it alone{_nearest(runs, axis, variants)}")
         for variant, own in groups:
-            if unlike := different_facts(own, by=(axis,), variant=variant):
+            if unlike := _unlike(own, (axis,), variant, runs, baseline):
                 refused.append(_refusal(own, (axis,), unlike))
             elif line := _line(own, axis, variant, runs, baseline):
                 lines.setdefault(axis, []).append(line)
@@ -122,14 +132,15 @@ def _all_heat_maps(
 def _maps_of(
     pair: tuple[str, str], runs: Runs, variants: Sequence[str], baseline: str
 ) -> tuple[list[HeatMap], list[str]]:
-    """The maps of the first variant that depends on both settings and has any."""
+    """The maps of the first variant that depends on both settings and has any; refined ones go before controls."""
     refused: list[str] = []
-    for variant in [own for own in variants if all(runs.depends_on(own, axis) for axis in pair)]:
+    depending = [own for own in variants if all(runs.depends_on(own, axis) for axis in pair)]
+    for variant in sorted(depending, key=lambda own: own not in REFINED_FROM):
         maps = []
         for own in _groups(runs, pair, variant, baseline):
             if not all(_differ_in_it_alone(own, axis, pair) for axis in pair):
                 continue
-            if unlike := different_facts(own, by=pair, variant=variant):
+            if unlike := _unlike(own, pair, variant, runs, baseline):
                 refused.append(_refusal(own, pair, unlike))
             elif heat_map := _heat_map(own, pair, variant, runs, baseline):
                 maps.append(heat_map)
@@ -142,7 +153,8 @@ def _groups(runs: Runs, free: Sequence[str], variant: str, baseline: str) -> lis
     """Runs with a variant that agree in dataset, model and all axes that it depends on but ``free``; two or more.
 
     Of runs that agree in these, too, the first. Where ``total_scores`` is free, ``scores_from_top`` may follow it as it
-    does by default. Where the seed is free, something is drawn with it.
+    does by default; where the method is free, each has its own defaults. Where the seed is free, something is drawn
+    with it.
     """
     axes = runs.axes_of(variant, baseline)
     fixed = [axis for axis in axes if axis not in free]
@@ -151,6 +163,9 @@ def _groups(runs: Runs, free: Sequence[str], variant: str, baseline: str) -> lis
     if "total_scores" in free and "scores_from_top" in fixed:
         following = [own for own in records if follows_default(own)]
         found += _agreeing(following, [axis for axis in fixed if axis != "scores_from_top"], free)
+    if "refinement_method" in free:  # each method as it is by default
+        usual = [own for own in records if has_usual_method(own)]
+        found += _agreeing(usual, [axis for axis in fixed if axis not in OF_METHOD], free)
     members = [set(map(id, own)) for own in found]
     return [own for own, ids in zip(found, members, strict=True) if not any(ids < other for other in members)]
 
@@ -167,6 +182,16 @@ def _differ_in_it_alone(own: Sequence[RunRecord], axis: str, pair: Sequence[str]
     """Whether some of the runs agree in the other setting of the pair."""
     (other,) = (name for name in pair if name != axis)
     return len({record.setting(other) for record in own}) < len(own)
+
+
+def _unlike(
+    own: Sequence[RunRecord], by: Sequence[str], variant: str, runs: Runs, baseline: str
+) -> list[str]:
+    """In what runs differ beside these settings, so that they cannot be put on one line."""
+    unlike = different_facts(own, by=by, variant=variant)
+    if runs.is_residual and len({record.values[baseline].tobytes() for record in own}) > 1:
+        unlike.append("the documents that the teacher has scored, which residual metrics leave out")
+    return unlike
 
 
 def _refusal(own: Sequence[RunRecord], axes: Sequence[str], unlike: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiment_config import METHOD_FLAGS, ExperimentConfig
+from experiment_config import METHOD_DEFAULTS, METHOD_FLAGS, ExperimentConfig
 from groupwise_judge import GROUPWISE
 from metrics import RESIDUAL_METRICS
 from report_runs import LeftOut, RunRecord
@@ -24,6 +24,7 @@ from results import REFINED_FROM, VARIANTS, variant_files
 OF_EMBEDDING = ("embedding_model_revision", "embedder_dtype", "embedder_max_tokens", "instruction_templates")
 OF_PRF = ("prf_weight", "prf_documents")
 OF_HYDE = ("hyde_model", "hyde_samples", "hyde_average_query")
+METHODS = list(METHOD_FLAGS)
 OF_METHOD = tuple(dict.fromkeys(itertools.chain(*METHOD_FLAGS.values())))
 OF_REFINEMENT = ("refinement_method", *OF_METHOD, *OF_PRF)
 NOT_REFINED = ("embeddings", "hyde")
@@ -113,6 +114,14 @@ def follows_default(record: RunRecord) -> bool:
     """Whether ``scores_from_top`` is what it is by default, which follows ``total_scores``."""
     default = min(ExperimentConfig.scores_from_top, record.settings["total_scores"])
     return record.settings["scores_from_top"] == default
+
+
+def has_usual_method(record: RunRecord) -> bool:
+    """Whether the parameters of a run's refinement method are those that it has by default."""
+    usual = METHOD_DEFAULTS.get(record.settings["refinement_method"], {})
+    return all(
+        record.settings[name] in (None, usual.get(name, getattr(ExperimentConfig, name))) for name in OF_METHOD
+    )
 
 
 def comparable(
@@ -274,11 +283,11 @@ def _order(record: RunRecord, axes: Sequence[str]) -> tuple:
 
 
 def in_order(value: Any) -> tuple[int, float, str]:
-    """A key that puts nothing first, then numbers by size, then words."""
+    """A key that puts nothing first, then numbers by size, then words; methods as they are listed everywhere."""
     if value is None:
         return 0, 0.0, ""
     if not is_number(value) or not math.isfinite(value):
-        return 2, 0.0, str(value)
+        return 2, float(METHODS.index(value)) if value in METHODS else 0.0, str(value)
     return 1, float(value), ""
 
 

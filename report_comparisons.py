@@ -14,6 +14,7 @@ import numpy as np
 from metrics import mean_known
 from report_axes import Runs, contents_of_names
 from report_runs import RunRecord
+from results import RERANKED_FROM
 from significance import bootstrap_interval, borda_points, holm, randomisation_test, resamples_for
 from words import NOTHING, counted, phrases
 
@@ -118,6 +119,8 @@ def compare(runs: Runs, baseline: str) -> list[Comparison]:
     found: dict[tuple, Comparison] = {}
     for run in runs.records:
         for variant in (baseline, *(other for other in run.values if other != baseline)):
+            if runs.is_residual and variant in RERANKED_FROM and variant != baseline:
+                continue  # what reranking moves is left out
             before, after = run.values[baseline], run.values[variant]
             settings = runs.settings(run, variant, baseline)
             same = (run.dataset, run.model, settings, variant, before.tobytes(), after.tobytes())

@@ -68,7 +68,8 @@ def bars(rows: Sequence[Comparison], names: Names, metric: str) -> Figure:
     systems = shown_systems(rows, names)
     of_dataset = _by_dataset(rows, names)
     datasets = [own for own, found in of_dataset.items() if any(system in systems for system, _ in found)][:MOST_PANELS]
-    variants = [variant for variant in VARIANTS if any(row.variant == variant for row in rows)]
+    there_are = {variant for own in of_dataset.values() for system, variant in own if system in systems}
+    variants = [variant for variant in VARIANTS if variant in there_are]
     thickness = 0.8 / len(variants)
     own_labels = labels([dict(system) for system in systems], LONGEST_LABEL)
     titles = [f"{clip(own, 20)}, {_queries(row.queries for row in of_dataset[own].values())}" for own in datasets]
@@ -166,7 +167,8 @@ def ablation(axis: str, lines: Sequence[Line], metric: str) -> Figure:
 
 
 def _name(line: Line) -> dict[str, str]:
-    return {"model": line.model} | line.others | {"query": line.query}
+    # Not line.query: its "(simulated)" would tell teachers apart that are better named.
+    return {"model": line.model} | line.others | {"query": VARIANTS[line.variant]}
 
 
 def drawn_lines(lines: Sequence[Line]) -> list[Line]:
@@ -263,7 +265,7 @@ def heat_map(pair: tuple[str, str], maps: Sequence[HeatMap], metric: str) -> Fig
         panel.set_xlabel(pair[1])
         panel.set_title(title)
         panel.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label=f"change of mean {metric}", shrink=0.9)
+    figure.colorbar(image, ax=axes, label=f"{VARIANTS[maps[0].variant]}: change of {metric}", shrink=0.9)
     return figure
 
 

@@ -91,8 +91,15 @@ def _notes(rows: Sequence[Comparison], runs: Runs, baseline: str, metric: str) -
         notes.append(f"With fewer than {needed} queries even the clearest row hardly gets below {ALPHA} here.")
     if len(tested) >= ALPHA * resamples:
         notes.append("With so many tests no corrected p can be below the limit: report on fewer runs at once.")
-    if any(row.query != VARIANTS[row.variant] for row in rows):
+    if any(run.is_oracle for row in rows for run in row.runs):
         notes.append("(oracle): the teacher was the gold labels, which no real teacher equals.")
+    if any(run.is_simulated for row in rows for run in row.runs):
+        notes.append("(simulated): the teacher was gold-noisy, gold labels with mistakes put in; no real teacher.")
+    if runs.is_residual:
+        notes.append(
+            f"{metric} leaves out what a run's teacher has scored: runs whose figures of the original query differ are "
+            "about different documents, and are not to be compared."
+        )
     if any(ANY in runs.settings(row.run, row.variant, baseline) for row in rows):
         notes.append(f"{ANY}: the query does not depend on this setting.")
     return [one_line(note) for note in (*notes, *runs.notes)]

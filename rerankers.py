@@ -9,6 +9,7 @@ is asked over a network in ``llm_judge.py`` and ``groupwise_judge.py``.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -38,14 +39,14 @@ class Reranker(Protocol):
         name: for results and logs.
         identity: what its scores depend on, JSON-able: two teachers with the same identity give the same scores.
         score_mode: what its scores are; None while an endpoint has yet to show what it gives.
-        bounded: whether they are shares from 0 to 1.
+        bounded: whether they are shares from 0 to 1; None where only they themselves can tell.
         usage: of a language model's calls; None where there are none.
     """
 
     name: str
     identity: Any
     score_mode: str | None
-    bounded: bool
+    bounded: bool | None
     usage: Usage | None
 
     def has_worked(self) -> bool:
@@ -114,12 +115,14 @@ def check_reranker(config: ExperimentConfig) -> None:
         raise UserError(f"{FLAG}: got {config.reranker_model!r}, must name a model behind the prefix")
     if prefix not in PREFIXES and prefix.lower() in (known := {name.lower(): name for name in PREFIXES}):
         raise UserError(f"{FLAG}: got {config.reranker_model!r}; did you mean {known[prefix.lower()]}/…?")
+    if near := difflib.get_close_matches(model.lower().replace("_", "-"), FREE_NAMES, n=1, cutoff=0.75):
+        raise UserError(f"{FLAG}: got {config.reranker_model!r}; did you mean {near[0]}?")
     if kind == "endpoint" and model.startswith((".", "/", "~")):
         raise UserError(f"{FLAG}: {model} is not a folder")
     if kind != "endpoint":
         check_model_name(model, FLAG)
     else:
-        find_model_address(FLAG, model, "; --optimize_with_gold and cross-encoder/NAME need no endpoint")
+        find_model_address(FLAG, model, "; bm25, gold-noisy, cross-encoder/NAME and --optimize_with_gold need none")
 
 
 def teacher_setup(config: ExperimentConfig, prompts: Mapping[str, Any], dataset: DatasetFacts) -> Any:
@@ -141,7 +144,8 @@ def teacher_setup(config: ExperimentConfig, prompts: Mapping[str, Any], dataset:
         return noisy_gold_identity(config)
     if kind == "endpoint":
         own_prompts = judge_prompts(prompts, dataset)
-        return judge_identity(full_name(name), config.llm_score_mode, own_prompts, config.judge_max_characters)
+        seed = config.random_seed if config.llm_score_mode == GROUPWISE else None
+        return judge_identity(full_name(name), config.llm_score_mode, own_prompts, config.judge_max_characters, seed)
     return {
         "model": name_identity(name),
         "kind": kind,

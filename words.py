@@ -48,7 +48,8 @@ def labels(names: Sequence[Mapping[str, str]], longest: int) -> list[str]:
     for key in sorted(reversed(needed), key=lambda key: key in BARE):  # settings go first, the last of them foremost
         fewer = [other for other in needed if other != key]
         told_apart = len({tuple(dict(own).get(other) for other in fewer) for own in there_are}) == len(there_are)
-        if len(there_are) > 1 and fewer and told_apart:
+        named = all(any(other in dict(own) for other in fewer) for own in there_are)
+        if len(there_are) > 1 and fewer and told_apart and named:
             needed = fewer
     found: dict[tuple, str] = {}
     taken: dict[str, int] = {}

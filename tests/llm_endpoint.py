@@ -145,7 +145,9 @@ class Endpoint:
         faults = self.options.groups
         if faults == "prose" or (faults == "first prose" and len(messages) == 1):
             return "All of them are quite good."
-        if faults == "partial" or (faults == "first partial" and len(messages) == 1):
+        if faults == "the rest" and len(messages) > 1:  # only what was missing
+            return json.dumps(dict([scores.popitem()]))
+        if faults in ("partial", "the rest") or (faults == "first partial" and len(messages) == 1):
             scores.popitem()
         if faults == "fenced":
             return f"<think>One by one.</think>```json\n{json.dumps(scores)}\n```"
@@ -205,7 +207,7 @@ def parse_options():
     parser.add_argument("--message", help="what failing requests say")
     parser.add_argument("--filtered", type=float, default=0.0, help="share of prompts that the content filter refuses")
     parser.add_argument("--unreadable", type=float, default=0.0, help="share of prompts whose number is none")
-    parser.add_argument("--groups", help="how scores of groups are wrong: prose, partial, first prose, first partial, fenced")
+    parser.add_argument("--groups", help="how scores of groups are wrong: prose, partial, first prose, first partial, the rest, fenced")
     parser.add_argument("--logprobs", type=int, default=1)
     parser.add_argument("--most_top_logprobs", type=int, default=20)
     parser.add_argument("--silent", type=float, default=0.0, help="share of prompts answered without logprobs")

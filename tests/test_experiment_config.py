@@ -54,11 +54,11 @@ def test_fewer_scores_need_no_second_flag():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lr", "0"], "--lr: got '0', must be a finite number above 0"),
-        (["--lr", "-1"], "--lr: got '-1', must be a finite number above 0"),
-        (["--lr", "nan"], "--lr: got 'nan', must be a finite number above 0"),
-        (["--lr=inf"], "--lr: got 'inf', must be a finite number above 0"),
-        (["--lr", "fast"], "--lr: got 'fast', must be a finite number above 0"),
+        (["--lr", "0"], "--lr: got '0', must be a number above 0, at most 1,000,000"),
+        (["--lr", "-1"], "--lr: got '-1', must be a number above 0, at most 1,000,000"),
+        (["--lr", "nan"], "--lr: got 'nan', must be a number above 0, at most 1,000,000"),
+        (["--lr=inf"], "--lr: got 'inf', must be a number above 0, at most 1,000,000"),
+        (["--lr", "fast"], "--lr: got 'fast', must be a number above 0, at most 1,000,000"),
         (["--num_steps", "-1"], "--num_steps: got '-1', must be a whole number, 0 or more"),
         (["--num_steps", "1.5"], "--num_steps: got '1.5', must be a whole number, 0 or more"),
         (["--total_scores", "0"], "--total_scores: got '0', must be a whole number, 1 or more"),
@@ -145,11 +145,11 @@ def test_flags_of_other_methods_do_not_count():
 @pytest.mark.parametrize(
     ("given", "problem"),
     [
-        ({"refit": "True", "refinement_method": "ridge"}, "--refit: means --refinement_method refit, got ridge"),
+        ({"refit": "True", "refinement_method": "ridge"}, "--refit: cannot be used with --refinement_method ridge; it means refit"),
         ({"feedback_rounds": "21"}, "--feedback_rounds: got 21, must be at most --total_scores, which is 20"),
-        ({"ridge_lambda": "0"}, "--ridge_lambda: got '0', must be a finite number above 0"),
-        ({"rocchio_alpha": "-1"}, "--rocchio_alpha: got '-1', must be a finite number, 0 or more"),
-        ({"neutral_score": "1.5"}, "--neutral_score: got '1.5', must be a share from 0 to 1"),
+        ({"ridge_lambda": "0"}, "--ridge_lambda: got '0', must be a number from 1e-6 to 1e9"),
+        ({"rocchio_alpha": "-1"}, "--rocchio_alpha: got '-1', must be a number from 0 to 1,000,000"),
+        ({"neutral_score": "1.5"}, "--neutral_score: got '1.5', must be a number from 0 to 1"),
         ({"computation_types": "gated_hyde"}, "--computation_types: 'gated_hyde' needs --hyde_model, which is not set"),
     ],
 )

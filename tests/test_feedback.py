@@ -1,5 +1,6 @@
 """Rounds of feedback, their controls, and the teachers that need no model."""
 
+import dataclasses
 import json
 import math
 
@@ -9,8 +10,19 @@ from conftest import MINILM, ROOT, run_script, write_folder_dataset
 from test_ranking import random_dataset
 
 from dataset_loaders import load_dataset
+from errors import UserError
 from experiment_config import build_config
-from feedback import Start, ask_teacher, choose_start, in_turn, next_documents, scored_documents, share
+from feedback import (
+    Start,
+    ask_teacher,
+    choose_start,
+    in_turn,
+    next_documents,
+    ranks_for_teacher,
+    refine,
+    scored_documents,
+    share,
+)
 from free_rerankers import BM25Reranker, GoldReranker, NoisyGoldReranker
 from metrics import P_MRR, RESIDUAL_METRICS, query_metrics
 from ranking import Measures, measure_queries, put_scored_first, sample_documents, unit_length
@@ -59,6 +71,39 @@ def test_rounds_of_an_unmoved_query_see_its_ranking_and_no_document_twice(tmp_pa
         assert len(set(seen.tolist())) == len(seen) == min(n, total)
         if top == total:
             assert seen.tolist() == expected[expected >= 0].tolist()
+
+
+def test_rounds_draw_other_ranks():
+    config = flags(total_scores=20, scores_from_top=0, feedback_rounds=4)
+    draws = [set(ranks_for_teacher(config, number, 6000).tolist()) for number in range(4)]
+    assert len(set.union(*draws)) == 20
+
+
+def test_parameters_that_lead_nowhere_are_told(tmp_path):
+    dataset, queries, documents = random_dataset(tmp_path)
+    sampled = sample_documents(queries, documents, dataset, lambda n: np.arange(6))
+    start = Start(queries, sampled, GoldReranker().score(dataset, sampled))
+    config = flags(refinement_method="rocchio", prf_weight=0.3)
+    config = dataclasses.replace(config, prf_weight=1e39)
+    with pytest.raises(UserError, match=r"--rocchio_alpha, --prf_weight: refined queries are not finite numbers"):
+        refine(start, documents, dataset, config, "cpu", bounded=True, corpus=None, trajectory=False)
+
+
+def test_scores_that_are_no_shares_are_scaled_for_a_ridge(tmp_path):
+    dataset, queries, documents = random_dataset(tmp_path)
+    sampled = sample_documents(queries, documents, dataset, lambda n: np.arange(6))
+    shares = np.random.default_rng(0).uniform(0, 1, sampled.shape).astype(np.float32)
+
+    def moved(scores, bounded, method="ridge"):
+        start = Start(queries, sampled, scores.astype(np.float32))
+        settings = {"bounded": bounded, "corpus": None, "trajectory": False}
+        return refine(start, documents, dataset, flags(refinement_method=method), "cpu", **settings).vectors.numpy()
+
+    logits = 9 * shares - 4
+    assert np.array_equal(moved(shares, None), moved(shares, True))
+    assert np.array_equal(moved(logits, None), moved(logits, False))
+    assert np.allclose(moved(logits, False), moved(shares, False), atol=1e-5)
+    assert np.array_equal(moved(logits, None, "adam_kl"), moved(logits, True, "adam_kl"))  # as in the paper
 
 
 def test_two_samples_in_turn():

@@ -540,7 +540,7 @@ def said_in(folder, variant="embeddings"):
     return dict(zip(zip(raw.topic, raw.document, strict=True), raw.reranker_score, strict=True))
 
 
-@pytest.mark.parametrize(("groups", "calls"), [("fenced", 6), ("first partial", 12), ("first prose", 12)])
+@pytest.mark.parametrize(("groups", "calls"), [("fenced", 6), ("the rest", 12), ("first prose", 12)])
 def test_a_groupwise_judge_answers_once_a_query(run, endpoint, groups, calls):
     server = endpoint("--groups", groups)
     run(server, *GROUPS)
@@ -552,7 +552,7 @@ def test_a_groupwise_judge_answers_once_a_query(run, endpoint, groups, calls):
     assert server.stats()["successes"] == calls + first_question
     summary = read_json(run.output / "run" / "summary.json")
     assert summary["teacher"]["score_mode"] == "groupwise" and summary["teacher"]["missing"] == 0
-    if groups == "first partial":  # the model was shown its answer, and what is wrong with it
+    if groups == "the rest":  # the model was shown its answer, and what is wrong with it
         messages = server.stats()["last_body"]["messages"]
         assert [own["role"] for own in messages] == ["user", "assistant", "user"]
         assert re.search(r"cannot be used: \d+ is missing", messages[2]["content"])
