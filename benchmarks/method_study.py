@@ -381,7 +381,7 @@ def update_readme(study: Study, chosen: Mapping[str, Settings], path: Path) -> N
     """Replace what stands between the study's marks."""
     few = "The map that the paper's method has with 20 scores a query, `centred_ridge` has with "
     few += f"{fewest_with(study, CENTRED)}."
-    tuned = "The ridges' defaults were found with these datasets in view, the paper's rate was not. With the parameters "
+    tuned = "The ridges' defaults were found with these datasets in view, the paper's rate was not. With parameters "
     tuned += f"of both chosen on {CHOSEN_ON}, `centred_ridge` gains as many times as much: "
     tuned += f"{tuned_ratios(study, chosen)}."
     block = f"{short_table(study)}\n\n{few}\n{tuned}"
