@@ -114,7 +114,7 @@ class BM25Reranker(_FreeReranker):
         """From a query to the scores of all documents, float32 [N]."""
         import bm25s
 
-        logging.getLogger("bm25s").setLevel(logging.WARNING)
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # its import sets it to DEBUG
         words = {"stopwords": self.identity["stopwords"], "show_progress": False}
         corpus = bm25s.tokenize(dataset.documents, **words)
         if not corpus.vocab:  # not one word in the whole corpus

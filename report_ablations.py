@@ -166,8 +166,8 @@ def _groups(runs: Runs, free: Sequence[str], variant: str, baseline: str) -> lis
     if "refinement_method" in free:  # each method as it is by default
         usual = [own for own in records if has_usual_method(own)]
         found += _agreeing(usual, [axis for axis in fixed if axis not in OF_METHOD], free)
-    members = [set(map(id, own)) for own in found]
-    return [own for own, ids in zip(found, members, strict=True) if not any(ids < other for other in members)]
+    by_members = {frozenset(map(id, own)): own for own in found}
+    return [own for ids, own in by_members.items() if not any(ids < other for other in by_members)]
 
 
 def _agreeing(records: Sequence[RunRecord], fixed: Sequence[str], free: Sequence[str]) -> list[list[RunRecord]]:

@@ -265,7 +265,7 @@ def heat_map(pair: tuple[str, str], maps: Sequence[HeatMap], metric: str) -> Fig
         panel.set_xlabel(pair[1])
         panel.set_title(title)
         panel.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label=f"{VARIANTS[maps[0].variant]}: change of {metric}", shrink=0.9)
+    figure.colorbar(image, ax=axes, label=f"{maps[0].query}: change of {metric}", shrink=0.9)
     return figure
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 SHORTEST_NAME, SHORTEST_VALUE = 6, 12  # of the parts of a label that must be cut
@@ -47,9 +48,7 @@ def labels(names: Sequence[Mapping[str, str]], longest: int) -> list[str]:
     needed = list(dict.fromkeys(key for name in names for key in name))
     for key in sorted(reversed(needed), key=lambda key: key in BARE):  # settings go first, the last of them foremost
         fewer = [other for other in needed if other != key]
-        told_apart = len({tuple(dict(own).get(other) for other in fewer) for own in there_are}) == len(there_are)
-        named = all(any(other in dict(own) for other in fewer) for own in there_are)
-        if len(there_are) > 1 and fewer and told_apart and named:
+        if len(there_are) > 1 and fewer and _tells_apart(there_are, fewer):
             needed = fewer
     found: dict[tuple, str] = {}
     taken: dict[str, int] = {}
@@ -58,6 +57,14 @@ def labels(names: Sequence[Mapping[str, str]], longest: int) -> list[str]:
         taken[label] = taken.get(label, 0) + 1
         found[own] = label if taken[label] == 1 else f"{label} ({taken[label]})"
     return [found[tuple(name.items())] for name in names]
+
+
+def _tells_apart(names: Sequence[tuple[tuple[str, str], ...]], keys: Collection[str]) -> bool:
+    """Whether each name has a part that another has not: what another merely lacks tells nobody anything."""
+    parts = [frozenset(part for part in own if part[0] in keys) for own in names]
+    if len({len(own) for own in parts}) == 1:
+        return len(set(parts)) == len(parts)
+    return not any(own <= other for own, other in itertools.permutations(parts, 2))
 
 
 def phrases(settings: Mapping[str, str]) -> list[str]:

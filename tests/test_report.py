@@ -764,6 +764,19 @@ def test_lines_and_heat_maps_show_the_changes_of_the_table(tmp_path):
     ((heat_map,),) = found.heat_maps.values()
     for (i, lr), (j, steps) in itertools.product(enumerate(heat_map.rows), enumerate(heat_map.columns)):
         assert heat_map.change[i, j] == pytest.approx(changes[lr, steps].change)
+    with report_drawing.drawing():
+        figure = report_figures.heat_map(("lr", "num_steps"), [heat_map], "map")
+        FigureCanvasAgg(figure).draw()
+        assert [axes.get_ylabel() for axes in figure.axes] == ["lr", "refined: change of map"]
+
+
+def test_heat_maps_are_of_refined_queries_where_controls_vary_too(tmp_path):
+    for method, rounds in itertools.product(("adam_kl", "ridge"), (1, 4)):
+        more = {"refinement_method": method, "feedback_rounds": rounds}
+        write_run(tmp_path / f"{method}{rounds}", variants=ALL[:3], **more)
+    found = find_ablations(read(tmp_path), "embeddings")
+    ((heat_map,),) = found.heat_maps.values()
+    assert heat_map.query == "refined" and heat_map.rows == ("adam_kl", "ridge") and heat_map.columns == (1, 4)
     assert not found.refused
 
 
