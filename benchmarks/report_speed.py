@@ -22,17 +22,17 @@ import numpy as np  # noqa: E402
 from scipy import stats  # noqa: E402
 from synthetic_runs import write_run  # noqa: E402
 
-from results import VARIANTS  # noqa: E402
 from significance import BOOTSTRAP_RESAMPLES, bootstrap_interval, randomisation_test, resamples_for  # noqa: E402
 
 DATASETS = ("One", "Two")
+VARIANTS = ("embeddings", "optimized_embeddings", "hyde", "optimized_hyde_embeddings")
 DETAILS = 3
 BY_SCIPY = 20  # comparisons, of which the others' time follows
 
 
 def write_runs(folder: Path, runs: int, queries: int, documents: int) -> int:
     """Write the runs; returns how many rows of raw scores there are."""
-    size = {"queries": queries, "documents": documents, "variants": tuple(VARIANTS)}
+    size = {"queries": queries, "documents": documents, "variants": VARIANTS}
     for i in range(runs):
         lr, scores, dataset = 1e-5 * (1 + i // 8), 5 * (1 + i // 2 % 4), DATASETS[i % 2]
         detailed = i >= runs - DETAILS
