@@ -45,6 +45,7 @@ COMPUTED = {
     "gated_hyde": ("gated_hyde",),
 }
 SIMULATED_TEACHER = "gold-noisy"
+OF_SIMULATED_TEACHER = ("teacher_flip_rate", "teacher_noise")
 HERE = Path(__file__).resolve().parent
 TRUE_WORDS = ("true", "1", "yes")
 FALSE_WORDS = ("false", "0", "no")
@@ -327,7 +328,7 @@ def idle_flags(config: ExperimentConfig) -> list[str]:
     """The flags that were set to something else than their default and say nothing in this run."""
     ignored = ignored_flags(config.refinement_method, config.prf_weight)
     if config.optimize_with_gold or config.reranker_model != SIMULATED_TEACHER:
-        ignored |= {"teacher_flip_rate", "teacher_noise"}
+        ignored |= set(OF_SIMULATED_TEACHER)
     return [f.name for f in fields() if f.name in ignored and getattr(config, f.name) != f.default]
 
 

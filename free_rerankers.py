@@ -8,11 +8,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from experiment_config import SIMULATED_TEACHER, ExperimentConfig
+from experiment_config import SIMULATED_TEACHER
 from retrieval_dataset import RetrievalDataset, row_of
 
 WRONG, RIGHT = 0.1, 0.9  # what the noisy teacher says of an irrelevant and of a relevant document
@@ -68,7 +67,7 @@ class NoisyGoldReranker(_FreeReranker):
 
     def __init__(self, flip_rate: float, noise: float, seed: int) -> None:
         self.flip_rate, self.noise, self.seed = flip_rate, noise, seed
-        self.identity = _noisy_identity(flip_rate, noise, seed)
+        self.identity = {"kind": self.name, "flip_rate": flip_rate, "noise": noise, "seed": seed}
 
     def score(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
         """See :class:`rerankers.Reranker`."""
@@ -79,15 +78,6 @@ class NoisyGoldReranker(_FreeReranker):
             chance[place], normal[place] = generator.random(), generator.standard_normal()
         relevant = np.where(chance < self.flip_rate, 1 - truth, truth)  # NaN stays NaN
         return (WRONG + (RIGHT - WRONG) * relevant + self.noise * normal).astype(np.float32)
-
-
-def noisy_gold_identity(config: ExperimentConfig) -> dict[str, Any]:
-    """What the scores of the noisy teacher that the flags ask for depend on."""
-    return _noisy_identity(config.teacher_flip_rate, config.teacher_noise, config.random_seed)
-
-
-def _noisy_identity(flip_rate: float, noise: float, seed: int) -> dict[str, Any]:
-    return {"kind": NoisyGoldReranker.name, "flip_rate": flip_rate, "noise": noise, "seed": seed}
 
 
 class BM25Reranker(_FreeReranker):

@@ -21,7 +21,7 @@ from cache_utils import record_key
 from errors import RunError
 from instruction_templates import JudgePrompts
 from llm_client import LanguageModel, Usage, in_any_order
-from llm_judge import judge_identity
+from llm_judge import ADVICE, endpoint_fails, judge_identity, warn_of_cut
 from llm_services import NoAnswerError, UnreadableAnswerError, without_thoughts
 from llm_work import Question
 from retrieval_dataset import RetrievalDataset
@@ -32,7 +32,6 @@ HIGHEST = 10
 FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.S)
 # Reasoning models think at the cost of this limit before they answer.
 PARAMETERS = {"temperature": 0.0, "max_tokens": 4096}
-ADVICE = "raise it, or choose another --llm_score_mode or --reranker_model"
 
 
 @dataclass(frozen=True)
@@ -146,40 +145,37 @@ class GroupwiseJudge:
         if key not in self._cache:
             failed = self._ask(dataset, {key: group}, "first question")
             if any(error.endpoint_is_ill for error in failed.values()):
-                where = f"{self.name} at {self.model.address.base_url}"
-                raise RunError(f"{where} fails: {failed[key]}; the same command goes on")
+                raise endpoint_fails(self.model, failed[key])
 
     def score(self, dataset: RetrievalDataset, sampled: np.ndarray) -> np.ndarray:
         """See :class:`rerankers.Reranker`; each row of a sample is a group."""
         self._cache.refresh()
         groups = self._groups(dataset, sampled)
-        missing = {key: group for own in groups.values() for key, group in own.items() if key not in self._cache}
+        missing = {key: group for key, group in groups.values() if key not in self._cache}
         failures: dict[str, NoAnswerError] = {}
         if missing:
-            shown = {document for group in missing.values() for document in group.documents}
-            if long := [document for document in shown if len(dataset.documents[document]) > self.max_characters]:
-                logger.warning("%d documents are cut to %d characters for the judge", len(long), self.max_characters)
+            warn_of_cut(dataset, {i for group in missing.values() for i in group.documents}, self.max_characters)
             logger.info("%s: asking %d questions (%s)", self.name, len(missing), GROUPWISE)
             bearable = int(self.max_failed * len(groups))
             failures = self._ask(dataset, missing, "teacher", bearable=bearable, stops_beyond=True)
             self._cache.refresh()  # where another process was sooner, its answer counts for all
-        self.model.count_cached(self._cache, {key for own in groups.values() for key in own})
+        self.model.count_cached(self._cache, {key for key, _ in groups.values()})
         scores = np.full(sampled.shape, math.nan, dtype=np.float32)
-        for row, own in groups.items():
-            for key, group in own.items():
-                if key in self._cache:
-                    self._fill(scores[row], group, json.loads(self._cache[key].value))
+        for row, (key, group) in groups.items():
+            said = json.loads(self._cache[key].value) if key in self._cache else {}
+            for number, place in enumerate(group.places, 1):
+                scores[row][place] = said.get(str(number), math.nan) / HIGHEST
         self._check_failures(dataset, sampled, scores, failures)
         return scores
 
     def count_known(self, dataset: RetrievalDataset, sampled: np.ndarray) -> tuple[int, int]:
         """See :class:`rerankers.Reranker`."""
-        keys = {key for own in self._groups(dataset, sampled).values() for key in own}
+        keys = {key for key, _ in self._groups(dataset, sampled).values()}
         return len(keys), sum(key in self._cache for key in keys)
 
-    def _groups(self, dataset: RetrievalDataset, sampled: np.ndarray) -> dict[tuple[int, ...], dict[str, Group]]:
-        """By row of the sample its group, by key; none where there is no document."""
-        groups: dict[tuple[int, ...], dict[str, Group]] = {}
+    def _groups(self, dataset: RetrievalDataset, sampled: np.ndarray) -> dict[tuple[int, ...], tuple[str, Group]]:
+        """By row of the sample the key of its question, and its group; none where there is no document."""
+        groups: dict[tuple[int, ...], tuple[str, Group]] = {}
         for row in np.ndindex(sampled.shape[:-1]):
             there = np.flatnonzero(sampled[row] >= 0)
             # The order does not depend on the ranking, whose head would else tell the model what to think.
@@ -187,13 +183,8 @@ class GroupwiseJudge:
             places = np.random.default_rng((self.seed, row[-1])).permutation(by_index)
             group = Group(row[-1], tuple(sampled[row][places].tolist()), tuple(places.tolist()))
             if group.documents:
-                groups[row] = {record_key(self._messages(dataset, group)): group}
+                groups[row] = record_key(self._messages(dataset, group)), group
         return groups
-
-    @staticmethod
-    def _fill(row: np.ndarray, group: Group, said: dict[str, int]) -> None:
-        for number, place in enumerate(group.places, 1):
-            row[place] = said.get(str(number), math.nan) / HIGHEST
 
     def _check_failures(
         self, dataset: RetrievalDataset, sampled: np.ndarray, scores: np.ndarray, failures: dict[str, NoAnswerError]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -98,6 +98,17 @@ def judge_identity(
     return identity if seed is None else identity | {"seed": seed}
 
 
+def endpoint_fails(model: LanguageModel, error: NoAnswerError) -> RunError:
+    """What to raise when the first question gets no answer because its endpoint is ill."""
+    return RunError(f"{model.address.name} at {model.address.base_url} fails: {error}; the same command goes on")
+
+
+def warn_of_cut(dataset: RetrievalDataset, documents: Iterable[int], most: int) -> None:
+    """Say in the log how many of some documents have more characters than a judge gets to see."""
+    if long := sum(len(dataset.documents[document]) > most for document in documents):
+        logger.warning("%d documents are cut to %d characters for the judge", long, most)
+
+
 class LLMJudge:
     """See :class:`rerankers.Reranker`.
 
@@ -174,8 +185,7 @@ class LLMJudge:
         if silent == SCOUTS or (silent and silent == len(first) and not len(self._caches[mode])):
             self._note_no_logprobs()
         elif failures and all(error.endpoint_is_ill for error in failures):
-            where = f"{self.name} at {self.model.address.base_url}"
-            raise RunError(f"{where} fails: {failures[0]}; the same command goes on")
+            raise endpoint_fails(self.model, failures[0])
 
     def _likely_mode(self) -> str:
         return self.score_mode or ("verbalized" if self._gives_logprobs() is False else "yes_no")
@@ -233,9 +243,7 @@ class LLMJudge:
         missing = pairs.missing(cache)
         failures = {}
         if missing:
-            shown = {document for _, document in missing.values()}
-            if long := [document for document in shown if len(dataset.documents[document]) > self.max_characters]:
-                logger.warning("%d documents are cut to %d characters for the judge", len(long), self.max_characters)
+            warn_of_cut(dataset, {document for _, document in missing.values()}, self.max_characters)
             there = len(pairs.first) - len(missing)
             logger.info("%s: asking for %d scores (%s), %d are there", self.name, len(missing), mode, there)
             bearable = int(self.max_failed * len(pairs.first))

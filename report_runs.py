@@ -19,7 +19,15 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from errors import UserError
-from experiment_config import METHOD_FLAGS, SIMULATED_TEACHER, ExperimentConfig, fields, ignored_flags, short_hash
+from experiment_config import (
+    METHOD_FLAGS,
+    OF_SIMULATED_TEACHER,
+    SIMULATED_TEACHER,
+    ExperimentConfig,
+    fields,
+    ignored_flags,
+    short_hash,
+)
 from metrics import mean_known
 from results import LOCK, REFINED_FROM, RERANKED_FROM, VARIANTS, is_run_config, read_json, variant_files
 from words import one_line, shown
@@ -28,7 +36,6 @@ from words import one_line, shown
 NAMED_APART = ("dataset", "embedding_model", "computation_types", "reranker_model", "optimize_with_gold", "refit",
                "llm_score_mode")  # fmt: skip
 SAID_MODES = ("yes_no", "verbalized", "groupwise")  # of a language model's scores, named with the teacher
-OF_SIMULATED_TEACHER = ("teacher_flip_rate", "teacher_noise")
 MEANS_AGREE = 1e-5  # a mean over figures of six digits against the one in summary.json
 
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from errors import UserError, is_folder
 from experiment_config import ExperimentConfig
-from free_rerankers import FREE_NAMES, BM25Reranker, GoldReranker, NoisyGoldReranker, noisy_gold_identity
+from free_rerankers import FREE_NAMES, BM25Reranker, GoldReranker, NoisyGoldReranker
 from groupwise_judge import GROUPWISE, GroupwiseJudge
 from instruction_templates import causal_prompt, judge_prompts
 from llm_client import Usage, language_model
@@ -141,7 +142,7 @@ def teacher_setup(config: ExperimentConfig, prompts: Mapping[str, Any], dataset:
     if kind == BM25Reranker.name:
         return BM25Reranker.identity
     if kind == NoisyGoldReranker.name:
-        return noisy_gold_identity(config)
+        return _noisy_gold(config).identity
     if kind == "endpoint":
         own_prompts = judge_prompts(prompts, dataset)
         seed = config.random_seed if config.llm_score_mode == GROUPWISE else None
@@ -158,6 +159,10 @@ def teacher_setup(config: ExperimentConfig, prompts: Mapping[str, Any], dataset:
 def costs_nothing(setup: Any) -> bool:
     """Whether a teacher, by what :func:`teacher_setup` says of it, needs no model; there may be none at all."""
     return setup is None or setup == GoldReranker.identity or setup.get("kind") in FREE_NAMES
+
+
+def _noisy_gold(config: ExperimentConfig) -> NoisyGoldReranker:
+    return NoisyGoldReranker(config.teacher_flip_rate, config.teacher_noise, config.random_seed)
 
 
 def _dtype(config: ExperimentConfig, kind: str) -> str:
@@ -186,25 +191,19 @@ def find_reranker(
     if kind == BM25Reranker.name:
         return BM25Reranker()
     if kind == NoisyGoldReranker.name:
-        return NoisyGoldReranker(config.teacher_flip_rate, config.teacher_noise, config.random_seed)
-    if kind == "endpoint" and config.llm_score_mode == GROUPWISE:
-        return GroupwiseJudge(
-            language_model(FLAG, name, config),
-            judge_prompts(prompts, dataset),
-            max_characters=config.judge_max_characters,
-            seed=config.random_seed,
-            max_failed=config.max_failed_scores,
-            cache_dir=config.cache_dir,
-        )
+        return _noisy_gold(config)
     if kind == "endpoint":
-        return LLMJudge(
+        judge = partial(
+            GroupwiseJudge if config.llm_score_mode == GROUPWISE else LLMJudge,
             language_model(FLAG, name, config),
             judge_prompts(prompts, dataset),
-            score_mode=config.llm_score_mode,
             max_characters=config.judge_max_characters,
             max_failed=config.max_failed_scores,
             cache_dir=config.cache_dir,
         )
+        if config.llm_score_mode == GROUPWISE:
+            return judge(seed=config.random_seed)
+        return judge(score_mode=config.llm_score_mode)
     return LocalReranker(
         find_model(name, flag=FLAG),
         device=device,

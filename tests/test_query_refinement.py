@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import query_refinement
-from experiment_config import METHOD_FLAGS
+from experiment_config import METHOD_FLAGS, build_config
 from query_refinement import METHODS, corpus_statistics, min_max, pseudo_feedback, refine_queries
 
 REFIT = {"method": "refit"}
@@ -331,6 +331,13 @@ def test_pseudo_feedback_is_its_formula():
         assert labels.any()
         assert np.allclose(found[i], (labels - labels.mean()) @ d / np.sqrt(labels.sum()), atol=1e-5)
     assert found[5].abs().max() == found[6].abs().max() == 0  # one document, and none
+
+
+@every_method
+def test_the_librarys_defaults_are_those_of_the_flags(method):
+    flags = build_config({"refinement_method": method["method"]}).method_flags
+    expected = refine_queries(*problem(), **method, **flags).vectors
+    assert torch.equal(refine_queries(*problem(), **method).vectors, expected)
 
 
 def test_wrong_methods_are_told():
