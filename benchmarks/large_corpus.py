@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from cache_utils import VectorCache, text_keys
+from mapped_vectors import unit_length
 from metrics import query_metrics, top_documents
-from ranking import score_blocks, unit_length
+from ranking import score_blocks
 
 SETUP = {"model": "synthetic"}
 

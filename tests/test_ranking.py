@@ -7,9 +7,10 @@ from conftest import write_folder_dataset
 
 import ranking
 from dataset_loaders import load_dataset
+from mapped_vectors import unit_length
 from metrics import METRICS
-from ranking import Measures, sample_documents, sampled_ranks, score_blocks, unit_length
-from results import RawScoresWriter
+from ranking import Measures, sample_documents, sampled_ranks, score_blocks
+from raw_scores import RawScoresWriter
 from retrieval_dataset import pairs_to_matrix
 
 
@@ -41,7 +42,7 @@ def whole_ranking(dataset, queries, documents, path):
         for rows, scores in score_blocks(queries, documents, dataset.repeats):
             measures.add(rows, scores)
             n_blocks += 1
-            raw.write(rows, scores, sampled[rows], teacher[rows])
+            raw.write(rows, None, scores, sampled[rows], teacher[rows])
     return sampled, measures.result(), n_blocks
 
 
@@ -50,7 +51,8 @@ def test_block_by_block_is_as_in_one_piece(tmp_path, monkeypatch, with_candidate
     dataset, queries, documents = random_dataset(tmp_path / "data", with_candidates=with_candidates)
     sampled, metrics, n_blocks = whole_ranking(dataset, queries, documents, tmp_path / "whole.parquet")
     monkeypatch.setattr(ranking, "BLOCK_SCORES", 3 * len(documents))
-    monkeypatch.setattr("results.ROW_GROUP", 100)
+    monkeypatch.setattr(ranking, "MOST_BLOCK_SCORES", 0)
+    monkeypatch.setattr("raw_scores.ROW_GROUP", 100)
     in_blocks = whole_ranking(dataset, queries, documents, tmp_path / "blocks.parquet")
     assert (n_blocks, in_blocks[2]) == (1, 4)
     assert np.array_equal(in_blocks[0], sampled)
@@ -86,7 +88,7 @@ def test_a_query_without_candidates_is_left_out(tmp_path):
 
 
 def test_texts_are_stored_once_a_row_group_and_only_where_they_occur(tmp_path, monkeypatch):
-    monkeypatch.setattr("results.ROW_GROUP", 30)
+    monkeypatch.setattr("raw_scores.ROW_GROUP", 30)
     rng = np.random.default_rng(0)
     documents = {f"d{i}": rng.bytes(1000).hex() for i in range(300)}
     queries = {f"q{j}": f"query {j}" for j in range(30)}
