@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import logging
 import random
@@ -23,8 +24,9 @@ from scipy.sparse import csr_array
 from cache_utils import files_identity
 from downloads import fetch, hub_endpoint, hub_is_reachable, open_zip, read_member
 from errors import UserError, is_folder
-from folder_dataset import folder_facts, load_folder
+from folder_dataset import folder_facts, load_folder, read_text_lines, read_texts
 from retrieval_dataset import (
+    STRETCH,
     DatasetFacts,
     RetrievalDataset,
     join_title,
@@ -493,6 +495,49 @@ def load_dataset(dataset: str, data_dir: Path | str) -> RetrievalDataset:
     if loaded.relevance.nnz == 0:
         raise UserError(f"{dataset}: no query has a relevant document, so nothing can be measured")
     return loaded
+
+
+def corpus_stretches(name: str, data_dir: str, size: int = STRETCH) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield a dataset's documents in order, ``size`` at a time: their ids and their texts.
+
+    Of a folder only one stretch is held at a time. Each line is checked as :func:`load_dataset` does, but for ids that
+    occur twice; the queries and the relevance are not looked at.
+
+    Raises:
+        UserError: the name is unknown, or the data cannot be had or is not as it should be.
+    """
+    check_dataset_name(name)
+    if name in DATASETS:
+        loaded = load_dataset(name, data_dir)
+        for start in range(0, len(loaded.documents), size):
+            yield loaded.document_ids[start : start + size], loaded.documents[start : start + size]
+        return
+    path = Path(name) / "corpus.jsonl"
+    lines, repaired, empty = read_text_lines(path, "document"), 0, True
+    while part := list(itertools.islice(lines, size)):
+        empty = False
+        ids, texts = [identifier for _, identifier, _ in part], [text for *_, text in part]
+        _repair_unicode(ids)
+        repaired += _repair_unicode(texts)
+        yield ids, texts
+    if empty:
+        raise UserError(f"{path}: no document in it")
+    if repaired:
+        logger.warning("%s: %d texts held broken Unicode, now shown as '?'", name, repaired)
+
+
+def dataset_queries(name: str, data_dir: str) -> list[str]:
+    """The queries of a dataset; of a folder without reading its documents.
+
+    Raises:
+        UserError: as :func:`corpus_stretches`.
+    """
+    check_dataset_name(name)
+    if name in DATASETS:
+        return load_dataset(name, data_dir).queries
+    _, queries = read_texts(Path(name) / "queries.jsonl", "query")
+    _repair_unicode(queries)
+    return queries
 
 
 def _repair_unicode(texts: list[str]) -> int:

@@ -33,6 +33,7 @@ from experiment_config import (
 from grid_file import PLURALS
 from instruction_templates import fill_templates, read_templates, templates_for
 from job_runner import Beginning, Job, JobRunner, Outcome, last_line
+from local_processes import LocalProcesses
 from run_log import start_logging
 from run_setup import check_cache, check_embedder, make_embedder
 
@@ -147,7 +148,7 @@ def embed_in_slots(given: Sequence[Mapping[str, str]], cache_dir: str, slots: Sl
     def describe(job: Job, outcome: Outcome) -> str:
         return f"{job.name}  {outcome.reason or f'{outcome.seconds:.1f} s'}"
 
-    runner = JobRunner(list(jobs), slots, begin, describe, unit="job")
+    runner = JobRunner(list(jobs), LocalProcesses(slots), begin, describe, unit="job")
     outcomes = runner.run()
     for outcome in outcomes.values():
         if outcome.state == "completed":

@@ -21,6 +21,7 @@ from devices import free_device_memory
 from errors import OutOfMemory, RunError, UserError, check_writable, is_out_of_memory
 from instruction_templates import FilledTexts, known_name
 from model_loading import ModelSource, load_model, remote_code_message
+from retrieval_dataset import STRETCH
 from run_log import Progress
 
 logger = logging.getLogger(__name__)
@@ -181,14 +182,11 @@ class TextEmbedder:
             return keys
         model = self.model  # loaded now, so that its log lines do not cut into the progress bar
         logger.info("embedding %d of %d %s texts with %s", missing, len(texts), role, self.source.name)
-        # The work is cut over all texts, also those cached, longest first, and a piece is a shard: so the batches of a
-        # run that goes on after a kill are the batches of an undisturbed one, and so are its vectors, to the last bit.
         _, first_place = np.unique(keys, axis=0, return_index=True)
         places = np.sort(first_place)
-        lengths = np.fromiter((len(texts[i]) for i in places), dtype=np.int64, count=len(places))
-        places = places[np.argsort(-lengths, kind="stable")]
-        dimension = model.get_embedding_dimension() or MOST_DIMENSIONS
-        chunks = list(_chunks(places, texts, max(1, min(CHUNK_TEXTS, SHARD_BYTES // (4 * dimension)))))
+        stretches = np.split(places, np.searchsorted(places, np.arange(STRETCH, len(texts), STRETCH)))
+        most = most_texts(model.get_embedding_dimension())
+        chunks = [chunk for stretch in stretches for chunk in plan_pieces(stretch, texts, most)]
         # Processes that embed the same corpus at once start at different pieces and pass over those of the others.
         start = random.SystemRandom().randrange(len(chunks)) if len(chunks) > 1 else 0
         with Progress(len(places), "text", f"embed {role}") as progress:
@@ -197,21 +195,25 @@ class TextEmbedder:
                 missing_places = chunk[~self.cache.contains(keys[chunk])]
                 progress.update(len(chunk) - len(missing_places))
                 if len(missing_places):
-                    vectors = self._encode([texts[i] for i in missing_places], role, progress.update)
-                    self._store(keys[missing_places], vectors)
+                    vectors = self.encode([texts[i] for i in missing_places], role, progress.update)
+                    self.cache.add(keys[missing_places], vectors)
+                    self.counts["embedded"] += len(missing_places)
         return keys
 
-    def _store(self, keys: np.ndarray, vectors: np.ndarray) -> None:
-        if not np.isfinite(vectors).all():
-            raise RunError(
-                f"{self.source.name} gave NaN or infinite vectors in {self.dtype}; try --embedder_dtype float32 "
-                "(finished texts are kept)"
-            )
-        self.cache.add(keys, vectors)
-        self.counts["embedded"] += len(keys)
+    def encode(self, texts: list[str], role: str, report: Callable[[int], Any] = lambda count: None) -> np.ndarray:
+        """Embed texts, sorted by their length in tokens, whether they are cached or not; stores nothing.
 
-    def _encode(self, texts: list[str], role: str, report: Callable[[int], Any]) -> np.ndarray:
-        """Embed texts that are not cached, sorted by their length in tokens; float32 [n, D]."""
+        Args:
+            texts: one piece of work, different texts.
+            role: as for :meth:`embed`.
+            report: called with the number of texts of each batch that is done.
+
+        Returns:
+            float32 [n, D], all finite.
+
+        Raises:
+            UserError, OutOfMemory, RunError: as :meth:`embed`.
+        """
         model = self.model
         encode = model.encode_query if role == "query" else model.encode_document
         lengths = self._token_counts(texts)
@@ -247,6 +249,11 @@ class TextEmbedder:
         in_order = torch.cat(parts).float().cpu().numpy()
         vectors = np.empty_like(in_order)
         vectors[order] = in_order
+        if not np.isfinite(vectors).all():
+            raise RunError(
+                f"{self.source.name} gave NaN or infinite vectors in {self.dtype}; try --embedder_dtype float32 "
+                "(finished texts are kept)"
+            )
         return vectors
 
     def _token_counts(self, texts: list[str]) -> np.ndarray:
@@ -301,11 +308,30 @@ class TextEmbedder:
         return model
 
 
-def _chunks(places: np.ndarray, texts: Sequence[str], most_texts: int) -> Iterator[np.ndarray]:
-    """Cut places (indices into texts) into pieces of work."""
+def most_texts(dimension: int | None) -> int:
+    """How many texts a piece of work holds at most, for vectors of so many dimensions; None: they are not known."""
+    return max(1, min(CHUNK_TEXTS, SHARD_BYTES // (4 * (dimension or MOST_DIMENSIONS))))
+
+
+def plan_pieces(places: np.ndarray, texts: Sequence[str], most: int) -> Iterator[np.ndarray]:
+    """Cut one stretch of a corpus into pieces of work, longest texts first.
+
+    A piece is a shard, and it is cut over all texts of its stretch, also those that are cached: so the batches of work
+    that goes on after a kill are those of undisturbed work, whoever does it, and so are the vectors, to the last bit.
+
+    Args:
+        places: int64 [n], indices into texts: those of the stretch that do not occur earlier in the corpus.
+        texts: the texts.
+        most: from :func:`most_texts`.
+
+    Yields:
+        int64 [m], indices into texts.
+    """
+    lengths = np.fromiter((len(texts[i]) for i in places), dtype=np.int64, count=len(places))
+    places = places[np.argsort(-lengths, kind="stable")]
     start, characters = 0, 0
     for end, place in enumerate(places):
-        if end > start and (end - start >= most_texts or characters + len(texts[place]) > CHUNK_CHARACTERS):
+        if end > start and (end - start >= most or characters + len(texts[place]) > CHUNK_CHARACTERS):
             yield places[start:end]
             start, characters = end, 0
         characters += len(texts[place])

@@ -28,9 +28,12 @@ QRELS_COLUMNS = ("query-id", "corpus-id", "score")
 MORE_FILES = ("candidates.tsv", "dataset.yaml")
 
 
-def _read_texts(path: Path, what: str) -> tuple[list[str], list[str]]:
-    """Ids and texts of corpus.jsonl or queries.jsonl."""
-    rows: dict[str, str] = {}
+def read_text_lines(path: Path, what: str) -> Iterator[tuple[int, str, str]]:
+    """Yield (line number, id, text) for each line of corpus.jsonl or queries.jsonl, none of them kept.
+
+    Raises:
+        UserError: naming the line and what is wrong there; that an id occurs twice is not looked at.
+    """
     for number, row in read_json_lines(path):
         identifier, title = row.get("_id"), row.get("title")
         is_identifier = isinstance(identifier, str | int) and not isinstance(identifier, bool)
@@ -41,6 +44,17 @@ def _read_texts(path: Path, what: str) -> tuple[list[str], list[str]]:
         identifier, text = str(identifier), join_title(title, row["text"])
         if not text:
             raise UserError(f"{path}:{number}: {what} {identifier!r} has an empty text")
+        yield number, identifier, text
+
+
+def read_texts(path: Path, what: str) -> tuple[list[str], list[str]]:
+    """Ids and texts of corpus.jsonl or queries.jsonl.
+
+    Raises:
+        UserError: naming the line and what is wrong there.
+    """
+    rows: dict[str, str] = {}
+    for number, identifier, text in read_text_lines(path, what):
         if identifier in rows:
             raise UserError(f"{path}:{number}: {what} {identifier!r} occurs twice")
         rows[identifier] = text
@@ -104,8 +118,8 @@ def load_folder(folder: Path, name: str | None = None) -> RetrievalDataset:
         UserError: naming the file, the line, and what is wrong there.
     """
     _check_files(folder)
-    document_ids, documents = _read_texts(folder / "corpus.jsonl", "document")
-    query_ids, queries = _read_texts(folder / "queries.jsonl", "query")
+    document_ids, documents = read_texts(folder / "corpus.jsonl", "document")
+    query_ids, queries = read_texts(folder / "queries.jsonl", "query")
     rows = {"query": {i: r for r, i in enumerate(query_ids)}, "document": {i: r for r, i in enumerate(document_ids)}}
     relevant = list(_read_relevant(folder / "qrels" / "test.tsv", rows))
     candidates, shape = None, (len(queries), len(documents))

@@ -1,9 +1,7 @@
-"""Jobs as processes of their own: how many at once, on which GPU, stopped, tried again. Knows no experiment.
+"""Jobs in an order, many at once: which may start, what a death means, stopped, tried again. Knows no experiment.
 
-One loop takes events from one queue: a process has ended, or a signal has come. The processes are in process groups of
-their own, so that Ctrl-C reaches only the loop, which then asks them to stop; and each holds the end of a pipe that
-closes when this process is gone, however it ended, so that none outlives it (``errors.run_command`` reads it). For
-Linux and macOS.
+One loop takes events from one queue: a job has ended, or a signal has come. Where and how a job runs is the executor's
+affair: ``local_processes.py`` starts processes here, ``ray_executor.py`` has the nodes of a Ray cluster start them.
 """
 
 from __future__ import annotations
@@ -12,25 +10,23 @@ import contextlib
 import os
 import queue
 import signal
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from tqdm import tqdm
 
-from devices import Slots
-from errors import INTERRUPTED_STATUS, LIFELINE, FolderBusy, OutOfMemory, UserError
+from errors import INTERRUPTED_STATUS, FolderBusy, OutOfMemory, UserError
 from words import counted
 
 LOG_TAIL_BYTES = 1 << 14
 LONGEST_LINE = 500
 SECONDS_BETWEEN_LOOKS, SECONDS_UNTIL_NEXT_TRY_OF_BUSY = 0.5, 2.0
 SECONDS_OF_ONE_REQUEST = 1.0
+MOST_LOSSES = 3  # of a job's workers: it may be the job that kills them
 BAR = "{desc}: {percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
@@ -106,20 +102,78 @@ class Outcome:
     tries: int = 0
 
 
+@dataclass(frozen=True)
+class End:
+    """How one try of a job ended.
+
+    Attributes:
+        status: the exit status; negative: the signal that killed it.
+        reason: why it ended other than well.
+        log: where its output is.
+        gpu: on which GPU it was.
+        lost: it did not end by itself: its worker or its node is gone, and ``reason`` says so.
+    """
+
+    status: int
+    reason: str = ""
+    log: Path | None = None
+    gpu: str | None = None
+    lost: bool = False
+
+
+StopHow = Literal["ask", "kill"]
+
+
+class Executor(Protocol):
+    """Where and how jobs run. A place is whatever the executor wants it to be.
+
+    Attributes:
+        parallel: jobs at once; may change while jobs run.
+    """
+
+    parallel: int
+
+    def __enter__(self) -> Executor: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def free_place(self, job: Job, taken: Sequence[Any]) -> Any | None:
+        """A place for a job beside those that are taken; None where there is none at this moment."""
+
+    def start(
+        self, job: Job, beginning: Beginning, place: Any, tries: int, ended: Callable[[End], None]
+    ) -> Callable[[StopHow], None]:
+        """Start a job.
+
+        Args:
+            job: what is to run.
+            beginning: what it gets.
+            place: from :meth:`free_place`.
+            tries: how often it was started before.
+            ended: called once, from any thread, when it has ended.
+
+        Returns:
+            a function that asks it to stop, or kills it.
+
+        Raises:
+            OSError, ValueError: it cannot be started.
+        """
+
+
 @dataclass
 class _Running:
-    process: subprocess.Popen[bytes]
+    stop: Callable[[StopHow], None]
     beginning: Beginning
-    gpu: str | None
+    place: Any
     started: float = field(default_factory=time.monotonic)
 
 
 class JobRunner:
-    """Runs jobs in slots.
+    """Runs jobs by an executor.
 
     Args:
         jobs: in the order in which they are to start.
-        slots: the places there are.
+        executor: where and how they run.
         begin: called before a job starts; None when there is nothing left to do. May raise FolderBusy: another process
             is at it, look again later; or UserError or OSError: the job has failed.
         describe: from a job and its outcome to what its line says.
@@ -135,7 +189,7 @@ class JobRunner:
     def __init__(
         self,
         jobs: Sequence[Job],
-        slots: Slots,
+        executor: Executor,
         begin: Callable[[Job], Beginning | None],
         describe: Callable[[Job, Outcome], str],
         *,
@@ -143,7 +197,7 @@ class JobRunner:
         continue_on_error: bool = True,
         unit: str = "run",
     ) -> None:
-        self.slots, self.begin, self.describe = slots, begin, describe
+        self.executor, self.begin, self.describe = executor, begin, describe
         self.retries, self.continue_on_error, self.unit = retries, continue_on_error, unit
         self.outcomes: dict[Job, Outcome] = {}
         self.interrupted = False
@@ -155,26 +209,24 @@ class JobRunner:
         self._look_again: dict[Job, float] = {}  # busy jobs, and when
         self._running: dict[Job, _Running] = {}
         self._tries: dict[Job, int] = dict.fromkeys(jobs, 0)
+        self._losses: dict[Job, int] = dict.fromkeys(jobs, 0)  # those of the tries that no job is to blame for
         self._filled: set[Entry] = set()
         self._stopped_at = 0.0
-        self._events: queue.SimpleQueue[tuple[Job, int] | signal.Signals] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[tuple[Job, End] | signal.Signals] = queue.SimpleQueue()
 
     def run(self) -> dict[Job, Outcome]:
         """Run all; returns each job's outcome, in the order in which the jobs were given."""
-        read_end, write_end = os.pipe()
         self._bar = tqdm(total=self._total, unit=self.unit, desc=f"{self.unit}s", bar_format=BAR, disable=None)
         try:
-            with self._signals():
-                self._loop(read_end)
+            with self._signals(), self.executor:
+                self._loop()
         finally:
             self._bar.close()
-            os.close(read_end)
-            os.close(write_end)
         return {job: self.outcomes.get(job, Outcome("not started")) for job in self._tries}
 
-    def _loop(self, lifeline: int) -> None:
+    def _loop(self) -> None:
         while True:
-            self._start_what_can_start(lifeline)
+            self._start_what_can_start()
             if not self._running and (self._stopping or not self._pending):
                 return
             try:
@@ -190,24 +242,17 @@ class JobRunner:
 
     # --- Starting ---
 
-    def _start_what_can_start(self, lifeline: int) -> None:
+    def _start_what_can_start(self) -> None:
         for job in list(self._pending):
-            if self._stopping or len(self._running) >= self.slots.parallel:
+            if self._stopping or len(self._running) >= self.executor.parallel:
                 break
-            gpu = self._free_gpu() if job.uses_gpu else None
-            lacks_gpu = job.uses_gpu and self.slots.gpus and gpu is None
-            if lacks_gpu or self._must_wait(job) or time.monotonic() < self._look_again.get(job, 0):
+            if self._must_wait(job) or time.monotonic() < self._look_again.get(job, 0):
                 continue
-            self._pending.remove(job)
-            self._start(job, gpu, lifeline)
+            place = self.executor.free_place(job, [running.place for running in self._running.values()])
+            if place is not None:
+                self._pending.remove(job)
+                self._start(job, place)
         self._show_running()
-
-    def _free_gpu(self) -> str | None:
-        free = list(self.slots.gpus)
-        for running in self._running.values():
-            if running.gpu is not None:
-                free.remove(running.gpu)
-        return free[0] if free else None
 
     def _must_wait(self, job: Job) -> bool:
         """Whether a running job is filling a cache for it."""
@@ -217,14 +262,16 @@ class JobRunner:
     def _unfilled(self, job: Job) -> list[Entry]:
         return [entry for entry in job.fills if entry not in self._filled]
 
-    def _start(self, job: Job, gpu: str | None, lifeline: int) -> None:
+    def _start(self, job: Job, place: Any) -> None:
         beginning = None
         try:
             beginning = self.begin(job)
             if beginning is None:
                 self._note(job, Outcome("skipped"))
                 return
-            process = self._spawn(job, beginning, gpu, lifeline)
+            stop = self.executor.start(
+                job, beginning, place, self._tries[job], lambda end: self._events.put((job, end))
+            )
         except FolderBusy as error:
             self._wait_for(job, Outcome("busy", reason=str(error)))
         except (UserError, OSError, ValueError) as error:
@@ -233,54 +280,31 @@ class JobRunner:
             self._note(job, Outcome("failed", reason=str(error), log=beginning and beginning.log_at_the_end))
         else:
             self._tries[job] += 1
-            self._running[job] = _Running(process, beginning, gpu)
-            threading.Thread(target=lambda: self._events.put((job, _status_of(process))), daemon=True).start()
-
-    def _spawn(self, job: Job, beginning: Beginning, gpu: str | None, lifeline: int) -> subprocess.Popen[bytes]:
-        files = {LIFELINE: lifeline, **beginning.files}
-        environment = os.environ | {name: str(number) for name, number in files.items()}
-        # Threads that wait sleep: else those of several processes keep each other from the cores. Their number stays
-        # what it is without a runner, since it may show in the last bits of a figure.
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        if self.slots.gpus:
-            if "CUDA_VISIBLE_DEVICES" not in environment:  # then the names are numbers as nvidia-smi counts
-                environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-            environment["CUDA_VISIBLE_DEVICES"] = gpu if job.uses_gpu else ""
-        log = beginning.logs[0]
-        if not (tries := self._tries[job]):
-            log.write_bytes(b"")
-        with open(log, "ab") as output:
-            if tries:
-                output.write(f"--- try {tries + 1} ---\n".encode())
-                output.flush()
-            return subprocess.Popen(
-                job.command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=environment,
-                pass_fds=tuple(files.values()),
-                process_group=0,
-            )
+            self._running[job] = _Running(stop, beginning, place)
 
     # --- Ending ---
 
-    def _end(self, job: Job, status: int) -> None:
+    def _end(self, job: Job, end: End) -> None:
         running, tries = self._running.pop(job), self._tries[job]
         running.beginning.end()
-        log = running.beginning.log_at_the_end
-        outcome = Outcome(
-            self._state_of(status), time.monotonic() - running.started, _reason(log, status), log, running.gpu, tries
-        )
-        if status == FolderBusy.exit_status and not self._stopping:
+        seconds = time.monotonic() - running.started
+        outcome = Outcome(self._state_of(end.status), seconds, end.reason, end.log, end.gpu, tries)
+        self._losses[job] += end.lost
+        if end.status == FolderBusy.exit_status and not self._stopping:
             self._tries[job] -= 1
             self._wait_for(job, outcome)
-        elif _is_death(status) and not self._stopping and tries <= self.retries:
+        elif self._deserves_another_try(job, end) and not self._stopping:
             self._pending.append(job)  # behind the others: memory may be free then
             self.outcomes[job] = outcome  # it counts if the work is stopped before the next try
             self.say(f"{'again':<11} {self.describe(job, outcome)}")
         else:
             self._note(job, outcome)
+
+    def _deserves_another_try(self, job: Job, end: End) -> bool:
+        """Whether a job that ended is to run again: by a loss it uses up no try."""
+        if end.lost:
+            return self._losses[job] < MOST_LOSSES
+        return _is_death(end.status) and self._tries[job] - self._losses[job] <= self.retries
 
     def _state_of(self, status: int) -> State:
         if status == 0:
@@ -340,11 +364,7 @@ class JobRunner:
         number = counted(len(self._running), self.unit)
         self.say(f"{what} {number}{'' if again else '; once more kills what is left'}")
         for running in self._running.values():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                if again:
-                    os.killpg(running.process.pid, signal.SIGKILL)
-                else:  # not by way of Popen, which would take the end of the process from the thread that waits for it
-                    os.kill(running.process.pid, signal.SIGTERM)
+            running.stop("kill" if again else "ask")
 
     # --- Showing ---
 
@@ -357,15 +377,6 @@ class JobRunner:
         names = ", ".join(job.name[self._shared :] for job in self._running)
         with contextlib.suppress(OSError):
             self._bar.set_postfix_str(f"running: {names}" if names else "")
-
-
-def _status_of(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a process to end; what it started and left behind ends with it."""
-    if hasattr(os, "waitid"):
-        with contextlib.suppress(ChildProcessError, ProcessLookupError, PermissionError):
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its number is not given away yet
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.wait()
 
 
 def _is_death(status: int) -> bool:
@@ -382,7 +393,7 @@ def last_line(log: Path) -> str:
     return ""
 
 
-def _reason(log: Path, status: int) -> str:
+def reason_of(log: Path, status: int) -> str:
     """Why a process ended other than well: the signal, or the last line it wrote."""
     if status == 0:
         return ""

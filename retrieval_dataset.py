@@ -18,6 +18,7 @@ from scipy.sparse import csr_array
 from errors import UserError
 
 TASK_TYPES = ("classification", "search")
+STRETCH = 65_536  # consecutive documents that are worked on together where a corpus is too large to be held
 ORIGINAL, CHANGED = "-og", "-changed"  # ends of the ids of a pair of queries
 
 

@@ -35,6 +35,7 @@ from experiment_grid import DEFAULT_AXES, PlannedRun, check_configs, find_comple
 from grid_file import PLURALS, Cells, read_grid_file
 from grid_summary import figures_of, keep_summary, print_summary, summary_path
 from job_runner import Beginning, Entry, Job, JobRunner, Outcome
+from local_processes import LocalProcesses
 from results import LOG, RunFolder
 from run_setup import is_done
 from words import counted
@@ -164,7 +165,12 @@ def run_grid(
         return f"{job.name}  {outcome.reason}" + (f"  (log: {outcome.log})" if outcome.log else "")
 
     runner = JobRunner(
-        list(runs), slots, begin, describe, retries=flags.retries, continue_on_error=flags.continue_on_error
+        list(runs),
+        LocalProcesses(slots),
+        begin,
+        describe,
+        retries=flags.retries,
+        continue_on_error=flags.continue_on_error,
     )
     if done:
         runner.say(f"{'skipped':<11} {done} of {counted(done + len(to_do), 'run')}, as they are done")

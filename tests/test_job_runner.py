@@ -13,6 +13,7 @@ from conftest import ROOT
 from devices import SlotFlags, Slots, find_slots, visible_gpus
 from errors import FolderBusy, UserError
 from job_runner import Beginning, Entry, Job, JobRunner
+from local_processes import LocalProcesses
 
 # A job that writes when it ran and what it saw, as one line of JSON.
 WORK = """
@@ -32,7 +33,7 @@ ONE = Slots(1)
 
 def run(tmp_path, jobs, slots=ONE, begin=None, **options):
     begin = begin or (lambda job: Beginning((tmp_path / f"{job.name}.log",)))
-    runner = JobRunner(jobs, slots, begin, lambda job, _: job.name, **options)
+    runner = JobRunner(jobs, LocalProcesses(slots), begin, lambda job, _: job.name, **options)
     outcomes = {job.name: outcome for job, outcome in runner.run().items()}
     return outcomes, runner
 
@@ -244,12 +245,13 @@ sys.path.insert(0, {root!r})
 from errors import run_command
 from devices import Slots
 from job_runner import Beginning, Job, JobRunner
+from local_processes import LocalProcesses
 folder = Path({folder!r})
 child = "import sys; sys.path.insert(0, {root!r}); from errors import run_command; import pathlib, os, time\\n" \\
     "def main():\\n    pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); {work}\\nrun_command(main)"
 jobs = [Job(n, (sys.executable, "-c", child, str(folder / (n + ".pid")))) for n in ("a", "b", "c")]
 def main():
-    runner = JobRunner(jobs, Slots(2), lambda job: Beginning((folder / (job.name + ".log"),)), lambda job, outcome: job.name)
+    runner = JobRunner(jobs, LocalProcesses(Slots(2)), lambda job: Beginning((folder / (job.name + ".log"),)), lambda job, outcome: job.name)
     outcomes = runner.run()
     print([outcome.state for outcome in outcomes.values()], runner.interrupted)
 run_command(main)
