@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from cache_utils import slug
-from dataset_loaders import check_dataset_name, load_dataset
+from dataset_loaders import check_dataset_name, dataset_facts, load_dataset
 from devices import SlotFlags, Slots, choose_device, find_slots
 from errors import RunError, UserError, problems_of, run_command
 from experiment_config import (
@@ -48,6 +48,7 @@ FLAGS = (
     "instruction_templates",
     "cache_dir",
     "data_dir",
+    "vector_store",
 )
 
 
@@ -63,6 +64,8 @@ def main() -> None:
         embed(configs[0])
     else:
         embed_in_slots(given, configs[0].cache_dir, slots)
+    if configs[0].vector_store:
+        fill(configs)
 
 
 def read_command(argv: Sequence[str]) -> tuple[SlotFlags, list[dict[str, str]]]:
@@ -99,6 +102,10 @@ def check_all(configs: Sequence[ExperimentConfig]) -> None:
     checks = [partial(check, config) for config in configs for check in (check_embedder, check_cache)]
     checks += [partial(check_dataset_name, dataset) for dataset in {config.dataset for config in configs}]
     checks += [partial(read_templates, path) for path in {config.instruction_templates for config in configs}]
+    if store := configs[0].vector_store:
+        from vector_store import check_store
+
+        checks.append(partial(check_store, store, must_exist=False))
     if problems := problems_of(checks):
         raise UserError("\n".join(problems))
 
@@ -124,6 +131,24 @@ def embed(config: ExperimentConfig) -> None:
     )
 
 
+def fill(configs: Sequence[ExperimentConfig]) -> None:
+    """Put what is embedded into the vector store."""
+    from store_filling import fill_store
+    from vector_store import VectorStore
+
+    start_logging()
+    with VectorStore(configs[0].vector_store) as store:
+        for config in configs:
+            started = time.perf_counter()
+            facts = dataset_facts(config.dataset, config.data_dir)
+            templates = templates_for(read_templates(config.instruction_templates), config.embedding_model, facts)
+            corpus = fill_store(store, config, make_embedder(config, "cpu"), templates)
+            print(
+                f"{corpus.dataset}, {config.embedding_model}: {corpus.documents} documents in {store.spec}, "
+                f"{time.perf_counter() - started:.1f} s; collection: {corpus.collection}"
+            )
+
+
 def embed_in_slots(given: Sequence[Mapping[str, str]], cache_dir: str, slots: Slots) -> None:
     """Embed each dataset with each model in processes of their own.
 
@@ -136,7 +161,8 @@ def embed_in_slots(given: Sequence[Mapping[str, str]], cache_dir: str, slots: Sl
     for i in range(max(places, len(given))):
         own = given[i % len(given)]
         copy = f" ({i // len(given) + 1})" if places > len(given) else ""
-        command = (sys.executable, str(Path(__file__).resolve()), *command_words(own))
+        flags = {name: value for name, value in own.items() if name != "vector_store"}  # filled when all is embedded
+        command = (sys.executable, str(Path(__file__).resolve()), *command_words(flags))
         job = Job(f"{own['dataset']}, {own['embedding_model']}{copy}", command)
         jobs[job] = f"embed-{slug(own['dataset'])}-{slug(own['embedding_model'])}-{i + 1}.log"
     logs = Path(cache_dir) / "logs"

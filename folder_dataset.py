@@ -159,7 +159,7 @@ def load_folder_queries(
         UserError: naming the file, the line, and what is wrong there.
     """
     _check_files(folder, needs_corpus=False)
-    query_ids, queries = _read_texts(folder / "queries.jsonl", "query")
+    query_ids, queries = read_texts(folder / "queries.jsonl", "query")
     path = folder / "qrels" / "test.tsv"
     judged = dict.fromkeys(cells[1] for _, cells in read_tsv(path, QRELS_COLUMNS))
     rows = {"query": {i: r for r, i in enumerate(query_ids)}, "document": places(judged)}

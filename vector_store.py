@@ -105,7 +105,7 @@ def _pymilvus() -> Any:
         import pymilvus
     except ImportError:
         raise UserError(f"{FLAG} needs Milvus: {INSTALL}") from None
-    for library in ("pymilvus", "milvus_lite"):  # they log each error with its traceback before they raise it
+    for library in ("pymilvus", "milvus_lite", "grpc", "faiss"):  # they log errors with tracebacks, and raise them, too
         logging.getLogger(library).setLevel(logging.CRITICAL + 1)
     return pymilvus
 
