@@ -116,7 +116,7 @@ def _are_prices(value: str | None) -> bool:
 def is_store(value: str) -> bool:
     """Whether a text names a vector store: its kind, and a file or an address."""
     kind, _, place = value.partition(":")
-    return kind == "milvus" and bool(place.strip())
+    return kind == "milvus" and (place.startswith(("http://", "https://")) or place.endswith(".db"))
 
 
 PRICES = Rule(_are_prices, "two numbers, 0 or more: the prices of input and of output", several=True)

@@ -310,7 +310,7 @@ class VectorStore:
                     anns_field="vector",
                     limit=limit,
                     output_fields=["row"],
-                    search_params={"metric_type": "COSINE", "params": self._search_settings(collection)(limit)},
+                    search_params={"metric_type": "COSINE", "params": self._ready(collection)(limit)},
                 )
             for query, hits in enumerate(found, start):
                 own = np.array([hit["row"] for hit in hits], dtype=np.int64)
@@ -319,7 +319,8 @@ class VectorStore:
                 rows[query, : len(own)], cosines[query, : len(own)] = own[order], scores[order]
         return rows, cosines
 
-    def _search_settings(self, collection: str) -> Callable[[int], dict[str, Any]]:
+    def _ready(self, collection: str) -> Callable[[int], dict[str, Any]]:
+        """Have a collection loaded, which a server does once; returns what its index wants to be told."""
         if collection not in self._settings:
             kind = self._client.describe_index(collection, "vector").get("index_type", "")
             known = (own for name, own in SEARCH_SETTINGS.items() if kind.startswith(name))
@@ -334,6 +335,8 @@ class VectorStore:
             RunError: one is not there.
         """
         wanted = [int(row) for row in rows]
+        with self._asking("load a collection"):
+            self._ready(collection)
         found: dict[int, dict[str, Any]] = {}
         for start in range(0, len(wanted), MOST_ASKED):
             own = wanted[start : start + MOST_ASKED]
@@ -347,6 +350,8 @@ class VectorStore:
     def places(self, collection: str, document_ids: Iterable[str]) -> dict[str, int]:
         """Where documents are in the corpus, by their ids; those that are not there are left out."""
         wanted, found = list(document_ids), {}
+        with self._asking("load a collection"):
+            self._ready(collection)
         for start in range(0, len(wanted), MOST_ASKED):
             names = json.dumps(wanted[start : start + MOST_ASKED], ensure_ascii=False)
             with self._asking("look up document ids"):
