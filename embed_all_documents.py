@@ -148,8 +148,9 @@ def embed_in_slots(given: Sequence[Mapping[str, str]], cache_dir: str, slots: Sl
     def describe(job: Job, outcome: Outcome) -> str:
         return f"{job.name}  {outcome.reason or f'{outcome.seconds:.1f} s'}"
 
-    runner = JobRunner(list(jobs), LocalProcesses(slots), begin, describe, unit="job")
-    outcomes = runner.run()
+    with LocalProcesses(slots) as processes:
+        runner = JobRunner(list(jobs), processes, begin, describe, unit="job")
+        outcomes = runner.run()
     for outcome in outcomes.values():
         if outcome.state == "completed":
             print(last_line(outcome.log))
