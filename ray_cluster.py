@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
 import shutil
@@ -14,22 +15,24 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from devices import SlotFlags
-from errors import UserError
+from errors import UserError, is_folder
 from llm_services import service_settings
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = ("*.py", "*.yaml", "*.html", "data/demo/*", "data/demo/qrels/*")  # what the nodes get of this folder
 SECONDS_FOR_AN_ANSWER = 10.0  # of the cluster's address; Ray itself would wait for minutes
 SECONDS_BETWEEN_COUNTS = 1.0
+SECONDS_OF_REST = 2.0  # of a node that lost something: the cluster may not know yet that the node itself is gone
 MOST_PROBE_SECONDS = 120.0
 # Ray sets the first in its workers; the number of threads may show in the last bits of a figure.
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
+KINDS_OF_RERANKER = ("CrossEncoder", "CausalLM")  # may stand before a folder
 MODEL_SETTINGS = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
 
 
@@ -47,6 +50,20 @@ def import_ray() -> Any:
     except ImportError:
         raise UserError("--executor ray needs Ray: pip install -r requirements-scale.txt") from None
     return ray
+
+
+def check_for_ray(devices: Iterable[str]) -> None:
+    """Say before any work when Ray is not installed, or a job asks for a GPU by its number.
+
+    Args:
+        devices: ``--device`` of each job.
+
+    Raises:
+        UserError: one line.
+    """
+    import_ray()
+    if named := [device for device in devices if device.startswith("cuda:")]:
+        raise UserError(f"--device: got {named[0]}; Ray gives each job its GPU, leave it out or use cuda")
 
 
 @contextlib.contextmanager
@@ -79,6 +96,8 @@ def joined(address: str | None) -> Iterator[Any]:
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
         raise UserError(f"{where} cannot be joined ({reason})") from None
     finally:
+        # Else the cluster's words about a lost worker would stand on standard output, amid the command's result.
+        ray._private.worker._worker_logs_enabled = False
         shutil.rmtree(folder, ignore_errors=True)
         for number, handler in handlers.items():  # Ray puts its own in their place
             signal.signal(number, handler)
@@ -89,12 +108,35 @@ def joined(address: str | None) -> Iterator[Any]:
 
 
 def _copy_scripts(folder: Path) -> None:
-    """What a node needs of this folder, and nothing that is large or secret."""
-    for pattern in SHIPPED:
-        for path in filter(Path.is_file, HERE.glob(pattern)):
-            copy = folder / path.relative_to(HERE)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+    """Copy what a node needs of this folder, and nothing that is large or secret."""
+    for path in _scripts(HERE):
+        copy = folder / path.relative_to(HERE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def _scripts(folder: Path) -> list[Path]:
+    return sorted(path for pattern in SHIPPED for path in folder.glob(pattern) if path.is_file())
+
+
+def scripts_digest(folder: Path) -> str:
+    """Hash over the scripts in a folder, their names and their content."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in _scripts(folder):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder)}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+def place_of_scripts(folder: str, digest: str) -> Path:
+    """Where a node finds the scripts: at the driver's own place where the same are there, else in the copy it got.
+
+    So results name the same files as those of runs without Ray, where nodes share that place.
+    """
+    with contextlib.suppress(OSError):
+        if scripts_digest(Path(folder)) == digest:
+            return Path(folder)
+    return HERE
 
 
 def _check_answers(address: str | None, where: str) -> None:
@@ -159,17 +201,28 @@ class Places:
     def __init__(self, ray: Any, flags: SlotFlags) -> None:
         self._ray, self._flags = ray, flags
         self._counted_at = -math.inf
+        self._resting: dict[str, float] = {}  # nodes, and until when
         self._found: dict[bool, list[NodePlace]] = {}
 
     def all(self, uses_gpu: bool) -> list[NodePlace]:
         """The places there are now for jobs of one kind, the nodes in turn."""
         if time.monotonic() - self._counted_at > SECONDS_BETWEEN_COUNTS:
-            nodes = {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
+            now = time.monotonic()
+            nodes = {
+                node["NodeID"]: node["Resources"]
+                for node in self._ray.nodes()
+                if node["Alive"] and self._resting.get(node["NodeID"], 0) <= now
+            }
             gpus = list(_in_turn(nodes, self._gpu_places))
             whole = list(_in_turn(nodes, lambda node, of: self._cpu_places(node, of, len(nodes))))
             self._found = {True: gpus or whole, False: whole}
-            self._counted_at = time.monotonic()
+            self._counted_at = now
         return self._found[uses_gpu]
+
+    def rest(self, place: NodePlace) -> None:
+        """Something was lost at a place: nothing starts on its node for a moment."""
+        self._resting[place.node] = time.monotonic() + SECONDS_OF_REST
+        self._counted_at = -math.inf
 
     @property
     def have_gpus(self) -> bool:
@@ -239,8 +292,13 @@ def probe_file(folder: Path) -> Iterator[str]:
         probe.unlink(missing_ok=True)
 
 
-def _is_writable_there(probes: list[str]) -> list[bool]:
-    return [Path(probe).exists() and os.access(Path(probe).parent, os.W_OK) for probe in probes]
+def is_writable_here(probe: str) -> bool:
+    """Whether the folder of a probe file is seen from here, and may be written to."""
+    return Path(probe).exists() and os.access(Path(probe).parent, os.W_OK)
+
+
+def _are_writable_here(probes: list[str]) -> list[bool]:
+    return [is_writable_here(probe) for probe in probes]
 
 
 def check_shared(ray: Any, folders: Mapping[str, Collection[str]]) -> None:
@@ -254,7 +312,7 @@ def check_shared(ray: Any, folders: Mapping[str, Collection[str]]) -> None:
         UserError: a line for each node and folder.
     """
     named = [(flag, folder) for flag, own in folders.items() for folder in dict.fromkeys(own)]
-    look = ray.remote(num_cpus=0, max_retries=0)(_is_writable_there)
+    look = ray.remote(num_cpus=0, max_retries=0)(_are_writable_here)
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(probe_file(Path(folder))) for _, folder in named]
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
@@ -274,3 +332,19 @@ def check_shared(ray: Any, folders: Mapping[str, Collection[str]]) -> None:
     ]
     if problems:
         raise UserError("\n".join(problems))
+
+
+# --- Names and words -------------------------------------------------------------------------------------------------
+
+
+def absolute_folder(name: str) -> str:
+    """A folder's absolute path, behind the kind of reranker where there is one; other names as they are."""
+    kind, _, rest = name.partition("/")
+    before, folder = (f"{kind}/", rest) if kind in KINDS_OF_RERANKER else ("", name)
+    path = Path(folder).expanduser()
+    return f"{before}{path.absolute()}" if is_folder(path) else name
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, short."""
+    return " ".join((str(error) or type(error).__name__).split())[:300]

@@ -17,14 +17,26 @@ from typing import Any
 
 from dataset_loaders import DATASETS
 from devices import SlotFlags
-from errors import INTERRUPTED_STATUS, LIFELINE, RunError, is_folder
+from errors import INTERRUPTED_STATUS, LIFELINE, RunError
 from job_runner import Beginning, End, Job, StopHow, reason_of
 from local_processes import spawn, status_of, stop_process
-from ray_cluster import HERE, NodePlace, Places, apply_settings, check_shared, joined, settings_for_nodes
+from ray_cluster import (
+    HERE,
+    NodePlace,
+    Places,
+    absolute_folder,
+    apply_settings,
+    check_shared,
+    joined,
+    one_line,
+    place_of_scripts,
+    scripts_digest,
+    settings_for_nodes,
+)
 
+SECONDS_OF_A_TURN = 0.2
 PATH_FLAGS = ("output_dir", "cache_dir", "data_dir", "instruction_templates")
 NAME_OR_FOLDER = ("dataset", "embedding_model", "reranker_model")
-KINDS_OF_RERANKER = ("CrossEncoder", "CausalLM")  # may stand before a folder
 
 
 class RayTasks:
@@ -41,6 +53,7 @@ class RayTasks:
         self._ray, self.places = ray, Places(ray, flags)
         self._task = ray.remote(max_retries=0)(run_here)  # what is lost is started again by the loop, which says so
         self._settings = settings_for_nodes()
+        self._scripts = str(HERE), scripts_digest(HERE)
 
     @property
     def parallel(self) -> int:
@@ -58,10 +71,13 @@ class RayTasks:
         logs = [str(log.absolute()) for log in beginning.logs]
         hides_gpus = self.places.have_gpus and not place.gpus
         task = self._task.options(name=job.name, **place.options())
-        reference = task.remote(job.command, logs, tries, self._settings, hides_gpus)
+        reference = task.remote(job.command, self._scripts, logs, tries, self._settings, hides_gpus)
 
         def wait() -> None:
-            ended(self._end_of(reference, beginning))
+            end = self._end_of(reference, beginning)
+            if end.lost:
+                self.places.rest(place)
+            ended(end)
 
         def stop(how: StopHow) -> None:
             with contextlib.suppress(self._ray.exceptions.RayError, ValueError):  # it has ended by itself
@@ -102,9 +118,22 @@ def ray_tasks(flags: Any, folders: Mapping[str, Sequence[str]]) -> Iterator[RayT
 
 
 def run_here(
-    command: Sequence[str], logs: Sequence[str], tries: int, settings: Mapping[str, str | None], hides_gpus: bool
+    command: Sequence[str],
+    scripts: tuple[str, str],
+    logs: Sequence[str],
+    tries: int,
+    settings: Mapping[str, str | None],
+    hides_gpus: bool,
 ) -> tuple[int, str, str | None]:
     """Run a job's command on this node, within a Ray task.
+
+    Args:
+        command: one of the scripts, and its arguments.
+        scripts: the driver's folder of scripts, and its digest.
+        logs: as :attr:`job_runner.Beginning.logs`, absolute.
+        tries: how often it was started before.
+        settings: environment variables, from :func:`ray_cluster.settings_for_nodes`.
+        hides_gpus: the job is to see no GPU.
 
     Returns:
         its exit status, why it ended other than well, and its GPU.
@@ -123,24 +152,29 @@ def run_here(
     gpu = environment.get("CUDA_VISIBLE_DEVICES") or None
     read_end, write_end = os.pipe()
     process: subprocess.Popen[bytes] | None = None
-    try:
-        whole = (sys.executable, str(HERE / command[0]), *command[1:])
+    try:  # Ray asks a task to stop by a KeyboardInterrupt
+        whole = (sys.executable, str(place_of_scripts(*scripts) / command[0]), *command[1:])
         process = spawn(whole, beginning.logs[0], tries, environment, {LIFELINE: read_end})
-        status = status_of(process)
-    except KeyboardInterrupt:  # so Ray asks a task to stop
+        status = _patient_status_of(process)
+    except KeyboardInterrupt:
         if process is None:
             return INTERRUPTED_STATUS, "stopped", gpu
         stop_process(process, "ask")
-        status = status_of(process)
+        status = _patient_status_of(process)
     finally:
         os.close(read_end)
         os.close(write_end)
     return status, reason_of(beginning.log_at_the_end, status), gpu and f"{os.uname().nodename}:{gpu}"
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, short."""
-    return " ".join((str(error) or type(error).__name__).split())[:300]
+def _patient_status_of(process: subprocess.Popen[bytes]) -> int:
+    """Like :func:`local_processes.status_of`; it waits in short turns, as Ray's interrupt comes only between two."""
+    statuses: list[int] = []
+    waiting = threading.Thread(target=lambda: statuses.append(status_of(process)), daemon=True)
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(SECONDS_OF_A_TURN)
+    return statuses[0]
 
 
 def with_absolute_paths(given: Mapping[str, str], config: Any) -> dict[str, str]:
@@ -156,13 +190,5 @@ def with_absolute_paths(given: Mapping[str, str], config: Any) -> dict[str, str]
             absolute[name] = str(Path(getattr(config, name)).absolute())
     for name in NAME_OR_FOLDER:
         if name in given and not (name == "dataset" and given[name] in DATASETS):
-            absolute[name] = _absolute_folder(given[name])
+            absolute[name] = absolute_folder(given[name])
     return absolute
-
-
-def _absolute_folder(name: str) -> str:
-    """A folder's absolute path, behind the kind of reranker where there is one; other names as they are."""
-    kind, _, rest = name.partition("/")
-    before, folder = (f"{kind}/", rest) if kind in KINDS_OF_RERANKER else ("", name)
-    path = Path(folder).expanduser()
-    return f"{before}{path.absolute()}" if is_folder(path) else name

@@ -38,6 +38,7 @@ from grid_file import PLURALS, Cells, read_grid_file
 from grid_summary import figures_of, keep_summary, print_summary, summary_path
 from job_runner import Beginning, Entry, Executor, Job, JobRunner, Outcome
 from local_processes import LocalProcesses
+from ray_cluster import check_for_ray
 from results import LOG, RunFolder
 from run_setup import is_done
 from words import counted
@@ -132,7 +133,7 @@ def check_grid(to_do: Sequence[PlannedRun], flags: GridFlags) -> list[str]:
     """What would keep runs from starting, a line each; looks at files and the environment, loads and asks nothing."""
     checks: list[Callable[[], Any]] = [RunFolder(run.folder).check_content for run in to_do if is_folder(run.folder)]
     if flags.executor == "ray":
-        checks.append(lambda: check_for_ray(to_do))
+        checks.append(lambda: check_for_ray([run.config.device for run in to_do]))
     elif flags.gpus or any(run.config.device.startswith("cuda:") for run in to_do):  # else nobody need be asked
         checks.append(lambda: slots_for(to_do, flags))
     return check_configs(run.config for run in to_do) + problems_of(checks)
@@ -232,19 +233,6 @@ def slots_for(runs: Sequence[PlannedRun], flags: GridFlags) -> Slots:
     if slots.gpus and (named := [run for run in runs if run.config.device.startswith("cuda:")]):
         raise UserError(f"--device: got {named[0].config.device}; each run sees one GPU, choose among them with --gpus")
     return slots
-
-
-def check_for_ray(runs: Sequence[PlannedRun]) -> None:
-    """Say before any work when Ray is not installed, or a run asks for a GPU by its number.
-
-    Raises:
-        UserError: one line.
-    """
-    from ray_cluster import import_ray
-
-    import_ray()
-    if named := [run for run in runs if run.config.device.startswith("cuda:")]:
-        raise UserError(f"--device: got {named[0].config.device}; Ray gives each run its GPU, leave it out or use cuda")
 
 
 def uses_gpu(run: PlannedRun) -> bool:
