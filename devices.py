@@ -6,10 +6,12 @@ import gc
 import itertools
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from errors import UserError
-from experiment_config import POSITIVE, Rule, flag
+from experiment_config import NOT_EMPTY, POSITIVE, Rule, flag, one_of
 
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=index", "--format=csv,noheader")
 
@@ -57,6 +59,27 @@ class SlotFlags:
         Rule(lambda value: bool(value.strip(",")), "one or several GPUs, such as 0 1", several=True),
     )
     runs_per_gpu: int = flag(1, "runs at once on one GPU; two large models seldom fit", POSITIVE)
+    executor: str = flag(
+        "local",
+        "local = processes on this machine; ray = tasks on all nodes of a Ray cluster (requirements-scale.txt)",
+        one_of("local", "ray"),
+    )
+    ray_address: str | None = flag(
+        None,
+        "with --executor ray, a running cluster: host:port or ray://host:port; left out: RAY_ADDRESS, else a cluster "
+        "that runs on this machine, else one is started here for this command",
+        NOT_EMPTY,
+    )
+
+
+def check_slot_flags(values: Mapping[str, Any]) -> list[str]:
+    """A line for each of the flags of :class:`SlotFlags`, those that were set, that does not go with the others."""
+    problems = []
+    if values.get("executor") != "ray" and "ray_address" in values:
+        problems.append("--ray_address: is for --executor ray")
+    if values.get("executor") == "ray" and "gpus" in values:
+        problems.append("--gpus: cannot be used with --executor ray, which gives out the cluster's GPUs")
+    return problems
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python embed_all_documents.py --datasets Clinc150 FollowIR --embedding_models Qwen/Qwen3-Embedding-8B --gpus 0 1 2 3
 
 Each dataset and model is embedded by a process of its own; where there are more places on GPUs than that, several
-processes share the work on one. A killed one loses its last piece.
+processes share the work on one. A killed one loses its last piece. With --executor ray all nodes of a Ray cluster do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from cache_utils import slug
 from dataset_loaders import check_dataset_name, dataset_facts, load_dataset
-from devices import SlotFlags, Slots, choose_device, find_slots
+from devices import SlotFlags, Slots, check_slot_flags, choose_device, find_slots
 from errors import RunError, UserError, problems_of, run_command
 from experiment_config import (
     ExperimentConfig,
@@ -34,6 +34,7 @@ from grid_file import PLURALS
 from instruction_templates import fill_templates, read_templates, templates_for
 from job_runner import Beginning, Job, JobRunner, Outcome, last_line
 from local_processes import LocalProcesses
+from ray_cluster import check_for_ray, joined
 from run_log import start_logging
 from run_setup import check_cache, check_embedder, make_embedder
 
@@ -56,14 +57,11 @@ def main() -> None:
     """Embed each dataset's documents and queries with each model."""
     slot_flags, given = read_command(sys.argv[1:])
     configs = [build_config(own) for own in given]
-    check_all(configs)
-    slots = find_slots(slot_flags, wants_gpu=configs[0].device in ("auto", "cuda"))
-    if len(configs) == 1 and slots.parallel == 1:
-        if slots.gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = slots.gpus[0]
-        embed(configs[0])
+    check_all(configs, slot_flags)
+    if slot_flags.executor == "ray":
+        embed_on_cluster(configs, slot_flags)
     else:
-        embed_in_slots(given, configs[0].cache_dir, slots)
+        embed_here(configs, given, slot_flags)
     if configs[0].vector_store:
         fill(configs)
 
@@ -84,6 +82,7 @@ def read_command(argv: Sequence[str]) -> tuple[SlotFlags, list[dict[str, str]]]:
     defaults = {field.name: field.default for field in fields() if field.name in AXES}
     axes = [words.pop(name, [default]) for name, default in defaults.items()]
     slot_values, problems = parse_values(words, SlotFlags)
+    problems += check_slot_flags(slot_values)
     shared = {name: words[name] for name in FLAGS if name in words}
     given = [dict(zip(defaults, values, strict=True)) | shared for values in dict.fromkeys(itertools.product(*axes))]
     for own in given:
@@ -93,7 +92,7 @@ def read_command(argv: Sequence[str]) -> tuple[SlotFlags, list[dict[str, str]]]:
     return SlotFlags(**slot_values), given
 
 
-def check_all(configs: Sequence[ExperimentConfig]) -> None:
+def check_all(configs: Sequence[ExperimentConfig], flags: SlotFlags) -> None:
     """Say at once what is wrong with any of them.
 
     Raises:
@@ -106,8 +105,23 @@ def check_all(configs: Sequence[ExperimentConfig]) -> None:
         from vector_store import check_store
 
         checks.append(partial(check_store, store, must_exist=False))
+    if flags.executor == "ray":
+        checks.append(partial(check_for_ray, [config.device for config in configs]))
     if problems := problems_of(checks):
         raise UserError("\n".join(problems))
+
+
+def embed_here(
+    configs: Sequence[ExperimentConfig], given: Sequence[Mapping[str, str]], slot_flags: SlotFlags
+) -> None:
+    """Embed on this machine, in this process where there is only one thing to do."""
+    slots = find_slots(slot_flags, wants_gpu=configs[0].device in ("auto", "cuda"))
+    if len(configs) == 1 and slots.parallel == 1:
+        if slots.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = slots.gpus[0]
+        embed(configs[0])
+    else:
+        embed_in_slots(given, configs[0].cache_dir, slots)
 
 
 def embed(config: ExperimentConfig) -> None:
@@ -149,6 +163,29 @@ def fill(configs: Sequence[ExperimentConfig]) -> None:
             )
 
 
+def embed_on_cluster(configs: Sequence[ExperimentConfig], flags: SlotFlags) -> None:
+    """Embed each dataset with each model on all nodes of a Ray cluster, one after the other.
+
+    Raises:
+        UserError: the cluster cannot be joined.
+        RunError: some of them failed.
+    """
+    from ray_embedding import embed_dataset
+
+    start_logging()
+    failed: list[UserError] = []
+    with joined(flags.ray_address) as ray:
+        for config in configs:
+            try:
+                print(embed_dataset(ray, config, flags), flush=True)
+            except UserError as error:
+                failed.append(type(error)(f"{config.dataset}, {config.embedding_model}: {error}"))
+    if len(failed) == 1 == len(configs):
+        raise failed[0]
+    if failed:
+        raise RunError("\n".join(map(str, failed)))
+
+
 def embed_in_slots(given: Sequence[Mapping[str, str]], cache_dir: str, slots: Slots) -> None:
     """Embed each dataset with each model in processes of their own.
 
@@ -174,8 +211,9 @@ def embed_in_slots(given: Sequence[Mapping[str, str]], cache_dir: str, slots: Sl
     def describe(job: Job, outcome: Outcome) -> str:
         return f"{job.name}  {outcome.reason or f'{outcome.seconds:.1f} s'}"
 
-    runner = JobRunner(list(jobs), LocalProcesses(slots), begin, describe, unit="job")
-    outcomes = runner.run()
+    with LocalProcesses(slots) as processes:
+        runner = JobRunner(list(jobs), processes, begin, describe, unit="job")
+        outcomes = runner.run()
     for outcome in outcomes.values():
         if outcome.state == "completed":
             print(last_line(outcome.log))

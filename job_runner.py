@@ -133,10 +133,6 @@ class Executor(Protocol):
 
     parallel: int
 
-    def __enter__(self) -> Executor: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
     def free_place(self, job: Job, taken: Sequence[Any]) -> Any | None:
         """A place for a job beside those that are taken; None where there is none at this moment."""
 
@@ -218,7 +214,7 @@ class JobRunner:
         """Run all; returns each job's outcome, in the order in which the jobs were given."""
         self._bar = tqdm(total=self._total, unit=self.unit, desc=f"{self.unit}s", bar_format=BAR, disable=None)
         try:
-            with self._signals(), self.executor:
+            with self._signals():
                 self._loop()
         finally:
             self._bar.close()

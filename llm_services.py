@@ -115,6 +115,12 @@ def find_model_address(flag: str, name: str, otherwise: str = "") -> ModelAddres
     return ModelAddress(service, model, _versioned(url or OFFICIAL_URL, url_variable), key, flag)
 
 
+def service_settings() -> dict[str, str]:
+    """Addresses and keys of all services, by environment variable, for a process that sees another environment."""
+    environment = _environment()
+    return {name: environment[name] for own in SERVICES.values() for name in own if environment.get(name)}
+
+
 def _environment() -> Mapping[str, str]:
     """Environment variables, with those of ``.env`` (working directory, then the project's) where they are not set."""
     from dotenv import dotenv_values

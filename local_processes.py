@@ -21,7 +21,9 @@ from job_runner import Beginning, End, Job, StopHow, reason_of
 
 
 class LocalProcesses:
-    """Runs jobs on this machine, as a :class:`job_runner.Executor`; a place is the name of a GPU, or "" for none.
+    """Runs jobs on this machine, as a :class:`job_runner.Executor`, for as long as the ``with`` block lasts.
+
+    A place is the name of a GPU, or "" for none.
 
     Args:
         slots: the places there are.

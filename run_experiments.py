@@ -9,15 +9,16 @@ Typing the same command again finishes the grid. Knows no flag of an experiment:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from devices import SlotFlags, Slots, find_slots
+from devices import SlotFlags, Slots, check_slot_flags, find_slots
 from errors import RunError, UserError, is_folder, problems_of, run_command
 from experiment_config import (
     NOT_EMPTY,
@@ -25,17 +26,19 @@ from experiment_config import (
     OneLineParser,
     Rule,
     add_flags,
+    command_words,
     fields,
     flag,
     folder_name,
     parse_values,
     parse_words,
 )
-from experiment_grid import DEFAULT_AXES, PlannedRun, check_configs, find_completed, in_order, plan_grid
+from experiment_grid import DEFAULT_AXES, SCRIPT, PlannedRun, check_configs, find_completed, in_order, plan_grid
 from grid_file import PLURALS, Cells, read_grid_file
 from grid_summary import figures_of, keep_summary, print_summary, summary_path
-from job_runner import Beginning, Entry, Job, JobRunner, Outcome
+from job_runner import Beginning, Entry, Executor, Job, JobRunner, Outcome
 from local_processes import LocalProcesses
+from ray_cluster import check_for_ray
 from results import LOG, RunFolder
 from run_setup import is_done
 from words import counted
@@ -109,6 +112,7 @@ def read_command(argv: Sequence[str]) -> tuple[GridFlags, list[Cells]]:
     given = {name: words.pop(name) for name in own_names if name in words}
     axes = {name: [None if word == "null" else word for word in values] for name, values in words.items()}
     values, problems = parse_values(given, GridFlags)
+    problems += check_slot_flags(values)
     if "experiment_prefix" in given and "experiment_name" in axes:
         problems.append("--experiment_prefix: begins names that the grid makes; give it or --experiment_name, not both")
     if "only" in given and "grid" not in given:
@@ -128,7 +132,9 @@ def read_command(argv: Sequence[str]) -> tuple[GridFlags, list[Cells]]:
 def check_grid(to_do: Sequence[PlannedRun], flags: GridFlags) -> list[str]:
     """What would keep runs from starting, a line each; looks at files and the environment, loads and asks nothing."""
     checks: list[Callable[[], Any]] = [RunFolder(run.folder).check_content for run in to_do if is_folder(run.folder)]
-    if flags.gpus or any(run.config.device.startswith("cuda:") for run in to_do):  # else nobody need be asked
+    if flags.executor == "ray":
+        checks.append(lambda: check_for_ray([run.config.device for run in to_do]))
+    elif flags.gpus or any(run.config.device.startswith("cuda:") for run in to_do):  # else nobody need be asked
         checks.append(lambda: slots_for(to_do, flags))
     return check_configs(run.config for run in to_do) + problems_of(checks)
 
@@ -142,10 +148,46 @@ def run_grid(
     """Run what is to do; returns the outcomes by folder, and whether the user stopped the work.
 
     Raises:
-        UserError: the GPUs asked for are not there.
+        UserError: the GPUs asked for, or the cluster, are not there.
     """
-    slots = slots_for(to_do, flags)
-    runs = {Job(run.name, run.command, uses_gpu(run), fills(run, slots)): run for run in in_order(to_do)}
+    with find_executor(to_do, flags) as (executor, has_gpus):
+        return run_by(executor, {job_for(run, has_gpus, flags): run for run in in_order(to_do)}, done, flags)
+
+
+@contextlib.contextmanager
+def find_executor(to_do: Sequence[PlannedRun], flags: GridFlags) -> Iterator[tuple[Executor, bool]]:
+    """Where the runs run, and whether there are GPUs.
+
+    Raises:
+        UserError: the GPUs asked for, or the cluster, are not there.
+    """
+    if flags.executor == "ray" and to_do:
+        from ray_executor import ray_tasks
+
+        folders = {f"--{name}": [getattr(run.config, name) for run in to_do] for name in ("output_dir", "cache_dir")}
+        with ray_tasks(flags, folders) as tasks:
+            yield tasks, tasks.places.have_gpus
+    else:
+        slots = slots_for(to_do, flags)
+        with LocalProcesses(slots) as processes:
+            yield processes, bool(slots.gpus)
+
+
+def job_for(run: PlannedRun, has_gpus: bool, flags: GridFlags) -> Job:
+    """A run as a job: its command as the executor wants it."""
+    command = run.command
+    if flags.executor == "ray":
+        from ray_executor import with_absolute_paths
+
+        given = with_absolute_paths(run.given, run.config)
+        command = SCRIPT.name, *command_words({**given, "experiment_name": run.name})
+    return Job(run.name, command, uses_gpu(run), fills(run, has_gpus))
+
+
+def run_by(
+    executor: Executor, runs: dict[Job, PlannedRun], done: int, flags: GridFlags
+) -> tuple[dict[Path, Outcome], bool]:
+    """Run what is to do by an executor; returns as :func:`run_grid`."""
 
     def begin(job: Job) -> Beginning | None:
         run = runs[job]
@@ -154,6 +196,9 @@ def run_grid(
         if not flags.overwrite and is_done(run.config, run.digest, run.folder):  # another grid was sooner
             folder.release()
             return None
+        if flags.executor == "ray":  # the lock cannot travel: the run takes it again
+            folder.release()
+            files = {}
         # A completed run's log stays until the new one is done; the run itself then renames its own.
         return Beginning(tuple(dict.fromkeys((folder.log_path, run.folder / LOG))), files, folder.release)
 
@@ -166,14 +211,14 @@ def run_grid(
 
     runner = JobRunner(
         list(runs),
-        LocalProcesses(slots),
+        executor,
         begin,
         describe,
         retries=flags.retries,
         continue_on_error=flags.continue_on_error,
     )
     if done:
-        runner.say(f"{'skipped':<11} {done} of {counted(done + len(to_do), 'run')}, as they are done")
+        runner.say(f"{'skipped':<11} {done} of {counted(done + len(runs), 'run')}, as they are done")
     outcomes = {runs[job].folder: outcome for job, outcome in runner.run().items()}
     return outcomes, runner.interrupted
 
@@ -184,7 +229,7 @@ def slots_for(runs: Sequence[PlannedRun], flags: GridFlags) -> Slots:
     Raises:
         UserError: the GPUs asked for are not there, or a run asks for one by its number.
     """
-    slots = find_slots(flags, wants_gpu=any(map(uses_gpu, runs)))
+    slots = Slots(1) if flags.executor == "ray" else find_slots(flags, wants_gpu=any(map(uses_gpu, runs)))
     if slots.gpus and (named := [run for run in runs if run.config.device.startswith("cuda:")]):
         raise UserError(f"--device: got {named[0].config.device}; each run sees one GPU, choose among them with --gpus")
     return slots
@@ -195,13 +240,13 @@ def uses_gpu(run: PlannedRun) -> bool:
     return run.config.device not in ("cpu", "mps")
 
 
-def fills(run: PlannedRun, slots: Slots) -> tuple[Entry, ...]:
+def fills(run: PlannedRun, has_gpus: bool) -> tuple[Entry, ...]:
     """What a run puts into caches for others.
 
     Answers that two runs ask for at the same moment would be paid for twice. Vectors are embedded with all cores there
     are; several GPUs share the work.
     """
-    shared = slots.gpus and uses_gpu(run)
+    shared = has_gpus and uses_gpu(run)
     caches = {kind: entry for kind, entry in run.caches.items() if not (shared and kind == "vectors")}
     return tuple(Entry((kind, cache), part) for kind, (cache, part) in caches.items())
 

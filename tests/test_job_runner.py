@@ -33,8 +33,9 @@ ONE = Slots(1)
 
 def run(tmp_path, jobs, slots=ONE, begin=None, **options):
     begin = begin or (lambda job: Beginning((tmp_path / f"{job.name}.log",)))
-    runner = JobRunner(jobs, LocalProcesses(slots), begin, lambda job, _: job.name, **options)
-    outcomes = {job.name: outcome for job, outcome in runner.run().items()}
+    with LocalProcesses(slots) as processes:
+        runner = JobRunner(jobs, processes, begin, lambda job, _: job.name, **options)
+        outcomes = {job.name: outcome for job, outcome in runner.run().items()}
     return outcomes, runner
 
 
@@ -251,8 +252,9 @@ child = "import sys; sys.path.insert(0, {root!r}); from errors import run_comman
     "def main():\\n    pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); {work}\\nrun_command(main)"
 jobs = [Job(n, (sys.executable, "-c", child, str(folder / (n + ".pid")))) for n in ("a", "b", "c")]
 def main():
-    runner = JobRunner(jobs, LocalProcesses(Slots(2)), lambda job: Beginning((folder / (job.name + ".log"),)), lambda job, outcome: job.name)
-    outcomes = runner.run()
+    with LocalProcesses(Slots(2)) as processes:
+        runner = JobRunner(jobs, processes, lambda job: Beginning((folder / (job.name + ".log"),)), lambda job, outcome: job.name)
+        outcomes = runner.run()
     print([outcome.state for outcome in outcomes.values()], runner.interrupted)
 run_command(main)
 """
