@@ -33,6 +33,7 @@ from ray_cluster import (
     scripts_digest,
     settings_for_nodes,
 )
+from run_setup import absolute_store
 
 SECONDS_OF_A_TURN = 0.2
 PATH_FLAGS = ("output_dir", "cache_dir", "data_dir", "instruction_templates")
@@ -188,6 +189,8 @@ def with_absolute_paths(given: Mapping[str, str], config: Any) -> dict[str, str]
     for name in PATH_FLAGS:
         if name in given or name != "instruction_templates":  # each node has its own copy of the shipped file
             absolute[name] = str(Path(getattr(config, name)).absolute())
+    if "vector_store" in given:
+        absolute["vector_store"] = absolute_store(config.vector_store)
     for name in NAME_OR_FOLDER:
         if name in given and not (name == "dataset" and given[name] in DATASETS):
             absolute[name] = absolute_folder(given[name])

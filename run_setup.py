@@ -45,6 +45,7 @@ RESOLVED_FLAGS = (
     "hyde_samples",
     "hyde_average_query",
     "computation_types",
+    "vector_store",
 )
 
 
@@ -243,12 +244,14 @@ def run_sources(config: ExperimentConfig, prompts: dict[str, Any], dataset: Data
         dataset: from :func:`dataset_loaders.dataset_facts`.
 
     Returns:
-        JSON-able values of "dataset", "embedder", "templates", "teacher" and "hyde"; None for a part not needed.
+        JSON-able values of "dataset", "embedder", "templates", "teacher" and "hyde", None for a part not needed; and
+        "store" where the corpus is in one.
     """
     templates = asdict(templates_for(prompts, config.embedding_model, dataset))
     del templates["entry"]
     identity = name_identity(config.embedding_model, config.embedding_model_revision)
-    return {
+    store = {"store": absolute_store(config.vector_store)} if config.vector_store else {}
+    return store | {
         "dataset": [dataset.name, dataset.identity],
         "embedder": embedding_setup(
             config.embedding_model, identity, identity, config.embedder_dtype, config.embedder_max_tokens
@@ -257,6 +260,12 @@ def run_sources(config: ExperimentConfig, prompts: dict[str, Any], dataset: Data
         "teacher": teacher_setup(config, prompts, dataset),
         "hyde": hyde_setup(config, prompts, dataset),
     }
+
+
+def absolute_store(spec: str) -> str:
+    """A vector store as it is named from any folder."""
+    kind, _, place = spec.partition(":")
+    return spec if place.startswith(("http://", "https://")) else f"{kind}:{Path(place).absolute()}"
 
 
 def run_hash(config: ExperimentConfig, sources: dict[str, Any]) -> str:
