@@ -162,7 +162,7 @@ class VectorCache:
         return keys
 
     def _map(self, name: str) -> np.ndarray:
-        return np.load(self.folder / name, mmap_mode="r")
+        return np.load(self.folder / name, mmap_mode="c")
 
     def locate(self, keys: np.ndarray) -> np.ndarray:
         """Find keys: uint64 [m, 2] in, int32 [m, 2] out, (shard, row) or (-1, -1) where a key is not stored."""
@@ -210,8 +210,12 @@ class VectorCache:
         by_shard = np.argsort(places[:, 0], kind="stable")
         edges = np.flatnonzero(np.diff(places[by_shard, 0])) + 1
         for rows in np.split(by_shard, edges):
-            vectors[rows] = self._map(self._names[places[rows[0], 0]])[places[rows, 1]]
+            vectors[rows] = self.map_shard(places[rows[0], 0])[places[rows, 1]]
         return vectors
+
+    def map_shard(self, number: int) -> np.ndarray:
+        """The vectors of a shard that :meth:`locate` names, float32 [n, D], mapped: changes of it stay in memory."""
+        return self._map(self._names[number])
 
     def add(self, keys: np.ndarray, vectors: np.ndarray) -> None:
         """Store vectors as one new shard (several above 16 MiB); they are on disk when this returns.

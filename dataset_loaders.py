@@ -392,6 +392,7 @@ class KnownDataset:
         queries, documents: how many, for previews that load nothing.
         files: where under ``data_dir`` its files of ``GITHUB_FILES`` lie; None where it comes from elsewhere.
         repositories: on the hub.
+        has_candidates: whether only some documents are ranked for each query.
     """
 
     load: Callable[[Path], RetrievalDataset]
@@ -400,6 +401,7 @@ class KnownDataset:
     documents: int
     files: str | None = None
     repositories: tuple[str, ...] = ()
+    has_candidates: bool = False
 
     def published_files(self) -> dict[str, str]:
         """Its files of ``GITHUB_FILES``, under ``data_dir``, with their sha256."""
@@ -410,9 +412,11 @@ class KnownDataset:
 DATASETS = {
     "Clinc150": KnownDataset(load_clinc150, "classification", 150, 15_000, "clinc150/"),
     "Banking77": KnownDataset(load_banking77, "classification", 77, 13_083, "banking77/", ("mteb/banking77",)),
-    "ArgKP21": KnownDataset(load_argkp21, "classification", 243, 6_515, "argkp21/"),
+    "ArgKP21": KnownDataset(load_argkp21, "classification", 243, 6_515, "argkp21/", has_candidates=True),
     "NFCorpus": KnownDataset(load_nfcorpus, "search", 323, 3_633, repositories=("mteb/nfcorpus",)),
-    "FollowIR": KnownDataset(load_followir, "search", 208, 98_312, repositories=FOLLOWIR_REPOSITORIES),
+    "FollowIR": KnownDataset(
+        load_followir, "search", 208, 98_312, repositories=FOLLOWIR_REPOSITORIES, has_candidates=True
+    ),
     "RealScholarQuery": KnownDataset(
         load_real_scholar_query, "search", 50, 25_000, repositories=("CarlanLark/pasa-dataset",)
     ),
@@ -420,8 +424,13 @@ DATASETS = {
 }
 
 
-def dataset_facts(dataset: str, data_dir: Path | str) -> DatasetFacts:
+def dataset_facts(dataset: str, data_dir: Path | str, needs_corpus: bool = True) -> DatasetFacts:
     """What is known of a dataset without loading or fetching anything.
+
+    Args:
+        dataset: its name, or a folder.
+        data_dir: where known datasets lie.
+        needs_corpus: whether a folder must have its documents; with a vector store it need not.
 
     Raises:
         UserError: the name is unknown, or the folder lacks a file.
@@ -430,10 +439,10 @@ def dataset_facts(dataset: str, data_dir: Path | str) -> DatasetFacts:
     if dataset == "Demo":
         return folder_facts(DEMO_FOLDER, "Demo")
     if dataset not in DATASETS:
-        return folder_facts(Path(dataset))
+        return folder_facts(Path(dataset), needs_corpus=needs_corpus)
     known = DATASETS[dataset]
     identity = " ".join([dataset, *_own_files(known, Path(data_dir))])
-    return DatasetFacts(dataset, known.task_type, None, known.queries, known.documents, identity)
+    return DatasetFacts(dataset, known.task_type, None, known.queries, known.documents, identity, identity)
 
 
 def _own_files(known: KnownDataset, data_dir: Path) -> list[str]:

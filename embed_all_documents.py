@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from cache_utils import slug
-from dataset_loaders import check_dataset_name, load_dataset
+from dataset_loaders import check_dataset_name, dataset_facts, load_dataset
 from devices import SlotFlags, Slots, check_slot_flags, choose_device, find_slots
 from errors import RunError, UserError, problems_of, run_command
 from experiment_config import (
@@ -49,6 +49,7 @@ FLAGS = (
     "instruction_templates",
     "cache_dir",
     "data_dir",
+    "vector_store",
 )
 
 
@@ -59,14 +60,10 @@ def main() -> None:
     check_all(configs, slot_flags)
     if slot_flags.executor == "ray":
         embed_on_cluster(configs, slot_flags)
-        return
-    slots = find_slots(slot_flags, wants_gpu=configs[0].device in ("auto", "cuda"))
-    if len(configs) == 1 and slots.parallel == 1:
-        if slots.gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = slots.gpus[0]
-        embed(configs[0])
     else:
-        embed_in_slots(given, configs[0].cache_dir, slots)
+        embed_here(configs, given, slot_flags)
+    if configs[0].vector_store:
+        fill(configs)
 
 
 def read_command(argv: Sequence[str]) -> tuple[SlotFlags, list[dict[str, str]]]:
@@ -104,10 +101,27 @@ def check_all(configs: Sequence[ExperimentConfig], flags: SlotFlags) -> None:
     checks = [partial(check, config) for config in configs for check in (check_embedder, check_cache)]
     checks += [partial(check_dataset_name, dataset) for dataset in {config.dataset for config in configs}]
     checks += [partial(read_templates, path) for path in {config.instruction_templates for config in configs}]
+    if store := configs[0].vector_store:
+        from vector_store import check_store
+
+        checks.append(partial(check_store, store, must_exist=False))
     if flags.executor == "ray":
         checks.append(partial(check_for_ray, [config.device for config in configs]))
     if problems := problems_of(checks):
         raise UserError("\n".join(problems))
+
+
+def embed_here(
+    configs: Sequence[ExperimentConfig], given: Sequence[Mapping[str, str]], slot_flags: SlotFlags
+) -> None:
+    """Embed on this machine, in this process where there is only one thing to do."""
+    slots = find_slots(slot_flags, wants_gpu=configs[0].device in ("auto", "cuda"))
+    if len(configs) == 1 and slots.parallel == 1:
+        if slots.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = slots.gpus[0]
+        embed(configs[0])
+    else:
+        embed_in_slots(given, configs[0].cache_dir, slots)
 
 
 def embed(config: ExperimentConfig) -> None:
@@ -129,6 +143,24 @@ def embed(config: ExperimentConfig) -> None:
         f"{dataset.name}, {embedder.source.name}: {counts['embedded']} texts embedded, {counts['cached']} were there, "
         f"{time.perf_counter() - started:.1f} s; vectors: {embedder.cache.folder}"
     )
+
+
+def fill(configs: Sequence[ExperimentConfig]) -> None:
+    """Put what is embedded into the vector store."""
+    from store_filling import fill_store
+    from vector_store import VectorStore
+
+    start_logging()
+    with VectorStore(configs[0].vector_store) as store:
+        for config in configs:
+            started = time.perf_counter()
+            facts = dataset_facts(config.dataset, config.data_dir)
+            templates = templates_for(read_templates(config.instruction_templates), config.embedding_model, facts)
+            corpus = fill_store(store, config, make_embedder(config, "cpu"), templates)
+            print(
+                f"{corpus.dataset}, {config.embedding_model}: {corpus.documents} documents in {store.spec}, "
+                f"{time.perf_counter() - started:.1f} s; collection: {corpus.collection}"
+            )
 
 
 def embed_on_cluster(configs: Sequence[ExperimentConfig], flags: SlotFlags) -> None:
@@ -166,7 +198,8 @@ def embed_in_slots(given: Sequence[Mapping[str, str]], cache_dir: str, slots: Sl
     for i in range(max(places, len(given))):
         own = given[i % len(given)]
         copy = f" ({i // len(given) + 1})" if places > len(given) else ""
-        command = (sys.executable, str(Path(__file__).resolve()), *command_words(own))
+        flags = {name: value for name, value in own.items() if name != "vector_store"}  # filled when all is embedded
+        command = (sys.executable, str(Path(__file__).resolve()), *command_words(flags))
         job = Job(f"{own['dataset']}, {own['embedding_model']}{copy}", command)
         jobs[job] = f"embed-{slug(own['dataset'])}-{slug(own['embedding_model'])}-{i + 1}.log"
     logs = Path(cache_dir) / "logs"

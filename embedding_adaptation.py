@@ -24,30 +24,42 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.sparse import csr_array
 
-from dataset_loaders import dataset_facts, load_dataset
+from dataset_loaders import dataset_facts
 from devices import choose_device
 from errors import UserError, run_command
 from experiment_config import ExperimentConfig, idle_flags, parse_arguments
 from feedback import Start, ask_teacher, choose_start, next_documents, refine, scored_documents
-from instruction_templates import fill_templates, read_templates, templates_for
+from instruction_templates import read_templates
+from mapped_vectors import document_vectors
 from metrics import mean_metrics
-from ranking import Measures, measure_queries, put_scored_first, score_blocks, unit_length
+from ranking import Corpus, ExactCorpus
 from results import (
     GATED,
     REFINED_FROM,
     RERANKED_FROM,
-    TABLE_METRICS,
     RunFolder,
     comparison_table,
     package_versions,
+    table_metrics,
     write_json,
 )
-from retrieval_dataset import RetrievalDataset
 from run_log import log_to_file, start_logging
-from run_setup import Run, check_run, load_models, prepare, run_hash, run_name, run_sources
+from run_setup import (
+    Run,
+    check_run,
+    load_data,
+    load_models,
+    make_embedder,
+    open_store,
+    prepare,
+    run_hash,
+    run_name,
+    run_sources,
+)
 
 if TYPE_CHECKING:
     from query_refinement import Refinement
+    from vector_store import VectorStore
 
 logger = logging.getLogger(__name__)
 
@@ -59,26 +71,28 @@ def main() -> None:
     """Read the flags, run, print the table."""
     started = time.perf_counter()
     config = parse_arguments("Refine query vectors with a teacher's scores and measure the gain.")
-    run(config, start_logging(), started)
+    log = start_logging()
+    check_run(config)
+    with open_store(config) as store:
+        run(config, store, log, started)
 
 
-def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
+def run(config: ExperimentConfig, store: VectorStore | None, log: MemoryHandler, started: float) -> None:
     """Do one run. What the user may have got wrong is found before the first text is embedded or a file is touched."""
     seconds: dict[str, float] = {}
-    check_run(config)
     if idle := idle_flags(config):
         logger.warning("no effect with this method and teacher: %s", ", ".join(f"--{name}" for name in idle))
     prompts = read_templates(config.instruction_templates)
-    facts = dataset_facts(config.dataset, config.data_dir)
+    facts = dataset_facts(config.dataset, config.data_dir, needs_corpus=store is None)
     digest = run_hash(config, run_sources(config, prompts, facts))
     name = config.experiment_name or run_name(config, facts, digest)
     with stage("import", seconds):
         device = choose_device(config.device)
+    embedder = make_embedder(config, device)
     with stage("load dataset", seconds):
-        dataset = load_dataset(config.dataset, config.data_dir)
-        texts = fill_templates(templates_for(prompts, config.embedding_model, dataset), dataset)
+        data = load_data(config, prompts, embedder, store)
     with stage("load models", seconds):
-        this = prepare(config, device, prompts, dataset, texts)
+        this = prepare(config, prompts, embedder, data)
         folder = RunFolder(Path(config.output_dir) / name)
         folder.check()
         load_models(this)
@@ -91,8 +105,8 @@ def run(config: ExperimentConfig, log: MemoryHandler, started: float) -> None:
         "flags": dataclasses.asdict(config),
         "teacher": this.teacher | {"identity": this.reranker and this.reranker.identity},
         "hyde": this.hyde and {"name": this.hyde.name, "identity": this.hyde.identity},
-        "templates": dataclasses.asdict(texts.templates),
-        "dataset": dataset.describe(),
+        "templates": dataclasses.asdict(this.texts.templates),
+        "dataset": this.dataset.describe(),
         "model": dataclasses.asdict(this.embedder.source) | {"dtype": this.embedder.dtype},
         "device": device,
         "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
@@ -124,7 +138,7 @@ def compute(this: Run, folder: RunFolder, seconds: dict[str, float]) -> dict[str
         with stage("write passages", seconds):
             passages = this.hyde.write(dataset)
     with stage("embed documents", seconds):
-        documents = unit_length(embedder.embed(this.texts.documents, "document"))
+        corpus = this.stored or embedded_corpus(this)
     with stage("embed queries", seconds):
         vectors = {"embeddings": embedder.embed(this.texts.queries, "query")}
         if this.hyde:
@@ -132,7 +146,7 @@ def compute(this: Run, folder: RunFolder, seconds: dict[str, float]) -> dict[str
     embedder.unload()
 
     # 2. Have a teacher score a few documents of each query, and move the query until it agrees about them.
-    starts, refinements = refine_in_rounds(this, vectors, documents, seconds)
+    starts, refinements = refine_in_rounds(this, vectors, corpus, seconds)
 
     # 3. Rank all candidates again by each variant of the query; measure and write.
     folder.clear()
@@ -143,25 +157,25 @@ def compute(this: Run, folder: RunFolder, seconds: dict[str, float]) -> dict[str
         start = starts.get(name) or Start.unscored(vectors[name])
         queries = refinements[name].vectors.numpy() if variant in REFINED_FROM else start.vectors
         with stage(f"measure and write {variant}", seconds):
-            metrics = evaluate(variant, queries, start, scored, documents, dataset, folder)
+            metrics = evaluate(variant, queries, start, scored, corpus, config, folder)
             teacher = {"teacher": this.teacher["name"], "score_mode": this.teacher["score_mode"]}
             folder.write_metrics(variant, dataset, metrics, teacher | dataclasses.asdict(config))
             means[variant] = mean_metrics(metrics)
         if config.save_tensors and variant in REFINED_FROM:
             with stage(f"measure steps of {variant}", seconds):
-                save_tensors(folder, variant, dataset, documents, start, scored, refinements[name])
+                save_tensors(folder, variant, corpus, start, scored, refinements[name])
     return summarise(this, means, starts, scored, passages if this.hyde else [])
 
 
 def refine_in_rounds(
-    this: Run, vectors: dict[str, np.ndarray], documents: np.ndarray, seconds: dict[str, float]
+    this: Run, vectors: dict[str, np.ndarray], corpus: Corpus, seconds: dict[str, float]
 ) -> tuple[dict[str, Start], dict[str, Refinement]]:
     """The heart of the method; once through the loop is the paper's, more rounds spend the same scores in parts.
 
     Args:
         this: the run.
         vectors: "embeddings" and, with HyDE, "hyde": float32 [Q, D].
-        documents: float32 [N, D], of unit length.
+        corpus: what is ranked.
         seconds: of each stage; those of the rounds are added.
 
     Returns:
@@ -174,19 +188,19 @@ def refine_in_rounds(
     if not starts:
         return starts, refinements
     with stage("prepare refinement", seconds):
-        move = refiner(this, documents)
+        move = refiner(this, corpus)
     current = vectors
     for number in range(config.feedback_rounds):
         last = number == config.feedback_rounds - 1
         # Rank the candidates by each query; the teacher sees some of those that it has not seen yet.
         with stage("sample documents", seconds):
-            samples = next_documents(current, starts, documents, dataset, config, number)
+            samples = next_documents(current, starts, corpus, config, number)
         # It scores them, all queries in one call.
         with stage("teacher scores", seconds):
             scores = ask_teacher(this.reranker, dataset, samples)
             starts = {name: start.with_scores(samples[name], scores[name]) for name, start in starts.items()}
         if number == 0 and GATED in starts:
-            starts[GATED] = gate(starts[GATED], vectors, documents, dataset)
+            starts[GATED] = gate(starts[GATED], vectors, corpus)
         # Move each query, from where it started, by all the scores so far.
         with stage("refine queries", seconds):
             refinements = {name: move(start, trajectory=config.save_tensors and last) for name, start in starts.items()}
@@ -219,30 +233,36 @@ def hyde_vectors(queries: np.ndarray, passages: list[list[str]], this: Run) -> n
     return vectors
 
 
-def refiner(this: Run, documents: np.ndarray) -> Callable[..., Refinement]:
+def embedded_corpus(this: Run) -> ExactCorpus:
+    """All documents' vectors, embedded where they are not cached; only their direction matters."""
+    keys = this.embedder.fill_cache(this.texts.documents, "document")
+    return ExactCorpus(document_vectors(this.embedder.cache, keys), this.dataset)
+
+
+def refiner(this: Run, corpus: Corpus) -> Callable[..., Refinement]:
     """``refine`` as the flags want it, with what the method needs to know of the corpus."""
     import torch
 
-    from query_refinement import corpus_statistics
+    from query_refinement import STATISTICS_DOCUMENTS, corpus_statistics
 
-    config, corpus = this.config, None
+    config, statistics = this.config, None
     if config.refinement_method in ("whitened_ridge", "centred_ridge"):
-        corpus = corpus_statistics(torch.from_numpy(documents), device=this.embedder.device)
+        some = torch.from_numpy(corpus.spread(STATISTICS_DOCUMENTS))
+        statistics = corpus_statistics(some, device=this.embedder.device)
     return partial(
         refine,
-        documents=documents,
-        dataset=this.dataset,
+        corpus=corpus,
         config=config,
         device=this.embedder.device,
-        corpus=corpus,
+        statistics=statistics,
         bounded=this.reranker.bounded,
     )
 
 
-def gate(start: Start, vectors: dict[str, np.ndarray], documents: np.ndarray, dataset: RetrievalDataset) -> Start:
+def gate(start: Start, vectors: dict[str, np.ndarray], corpus: Corpus) -> Start:
     """Let each query of a gated start begin with HyDE where that fits the teacher better; the choice is logged."""
-    from_hyde = choose_start(vectors["embeddings"], vectors["hyde"], documents, start.sampled, start.teacher_scores)
-    names = list(itertools.compress(dataset.query_ids, from_hyde))
+    from_hyde = choose_start(vectors["embeddings"], vectors["hyde"], corpus, start.sampled, start.teacher_scores)
+    names = list(itertools.compress(corpus.dataset.query_ids, from_hyde))
     logger.info("%s: %d of %d queries start from HyDE: %s", GATED, len(names), len(from_hyde), ", ".join(names))
     chosen = np.where(from_hyde[:, None], vectors["hyde"], vectors["embeddings"])
     return dataclasses.replace(start, vectors=chosen, from_hyde=from_hyde)
@@ -253,20 +273,20 @@ def evaluate(
     queries: np.ndarray,
     start: Start,
     scored: csr_array | None,
-    documents: np.ndarray,
-    dataset: RetrievalDataset,
+    corpus: Corpus,
+    config: ExperimentConfig,
     folder: RunFolder,
 ) -> dict[str, np.ndarray]:
     """Rank all candidates by the queries; write raw scores; return each metric as float64 [Q]."""
-    measures = Measures(dataset, scored)
-    with folder.raw_scores(variant, dataset) as raw:
-        for rows, scores in score_blocks(queries, documents, dataset.repeats):
-            own, said = start.sampled[rows], start.teacher_scores[rows]
-            if variant in RERANKED_FROM:
-                put_scored_first(scores, own, said)
-            measures.add(rows, scores)
-            raw.write(rows, scores, own, said)
-    return measures.result()
+    first = (start.sampled, start.teacher_scores) if variant in RERANKED_FROM else None
+    if config.raw_scores == "none":
+        return corpus.measure(queries, scored, first)
+    with folder.raw_scores(variant, corpus.dataset, config.raw_scores, config.raw_scores_depth) as raw:
+
+        def keep(rows: slice, documents: np.ndarray | None, scores: np.ndarray) -> None:
+            raw.write(rows, documents, scores, start.sampled[rows], start.teacher_scores[rows])
+
+        return corpus.measure(queries, scored, first, keep)
 
 
 def summarise(
@@ -324,8 +344,7 @@ def summarise(
 def save_tensors(
     folder: RunFolder,
     variant: str,
-    dataset: RetrievalDataset,
-    documents: np.ndarray,
+    corpus: Corpus,
     start: Start,
     scored: csr_array | None,
     refinement: Refinement,
@@ -333,17 +352,17 @@ def save_tensors(
     """Keep what refinement saw and did: enough to refine again, and to see how it went, without the corpus."""
     import torch
 
-    over_steps = [measure_queries(vectors, documents, dataset, scored) for vectors in refinement.trajectory.numpy()]
+    over_steps = [corpus.measure(vectors, scored) for vectors in refinement.trajectory.numpy()]
     names = list(over_steps[0])
     by_step = np.array([list(own.values()) for own in over_steps], dtype=np.float32)
     folder.write_tensors(
         variant,
-        {"query_ids": dataset.query_ids, "metrics": names},
+        {"query_ids": corpus.dataset.query_ids, "metrics": names},
         {
             "query_vectors": torch.from_numpy(start.vectors),
             "refined_vectors": refinement.vectors,
             "sampled_documents": torch.from_numpy(start.sampled),
-            "scored_vectors": torch.from_numpy(documents[start.sampled]),
+            "scored_vectors": torch.from_numpy(corpus.vectors(start.sampled)),
             "teacher_scores": torch.from_numpy(start.teacher_scores),
             "losses": refinement.losses,
             "steps": torch.tensor(refinement.steps),
@@ -392,7 +411,7 @@ def report(this: Run, summary: dict[str, Any], folder: RunFolder) -> None:
         f"\n{dataset.name}: {len(dataset.queries)} queries, {len(dataset.documents)} documents; "
         f"{this.embedder.source.name}; teacher: {this.teacher['name']}\n"
     )
-    print(comparison_table(summary["means"], TABLE_METRICS))
+    print(comparison_table(summary["means"], table_metrics(this.stored and this.stored.depth)))
     if summary.get("language_models"):
         print()
     for role, usage in summary.get("language_models", {}).items():

@@ -113,6 +113,12 @@ def _are_prices(value: str | None) -> bool:
     return len(numbers) == 2 and all(math.isfinite(number) and number >= 0 for number in numbers)
 
 
+def is_store(value: str) -> bool:
+    """Whether a text names a vector store: its kind, and a file or an address."""
+    kind, _, place = value.partition(":")
+    return kind == "milvus" and (place.startswith(("http://", "https://")) or place.endswith(".db"))
+
+
 PRICES = Rule(_are_prices, "two numbers, 0 or more: the prices of input and of output", several=True)
 
 
@@ -272,6 +278,26 @@ class ExperimentConfig:
         "auto", "auto (cuda, then mps, then cpu), cpu, mps, cuda or cuda:N", DEVICE, changes_results=False
     )
 
+    # Large corpora
+    vector_store: str | None = flag(
+        None,
+        "search the corpus where it lives, and never load it: milvus:FILE.db or milvus:http://HOST:PORT, filled by "
+        "embed_all_documents.py; left out: every candidate is ranked by the cached vectors",
+        Rule(lambda value: value is None or is_store(value), "milvus:FILE.db or milvus:http://HOST:PORT"),
+    )
+    search_depth: int = flag(
+        1000, "results a query in a --vector_store; metrics are those of a ranking that is cut there, and named so",
+        Rule(lambda value: 1 <= value <= 16_384, "a whole number from 1 to 16384, the most that Milvus gives"),
+    )
+    raw_scores: str = flag(
+        "all", "which rows raw score files have: all candidates of each query, only those scored, or no file",
+        one_of("all", "scored", "none"), changes_results=False,
+    )
+    raw_scores_depth: int | None = flag(
+        None, "of all, only so many first ranks of each query, beside the scored documents",
+        Rule(lambda value: value is None or value >= 1, "a whole number, 1 or more"), changes_results=False,
+    )
+
     # Files
     instruction_templates: str = flag(
         str(HERE / "instruction_templates.yaml"), "YAML with query and document templates and instructions", NOT_EMPTY
@@ -321,6 +347,8 @@ class ExperimentConfig:
         """The flags that may change a figure of this run, by name: not those of other methods than its own."""
         flags = {f.name: getattr(self, f.name) for f in fields() if f.metadata["changes_results"]}
         ignored = ignored_flags(self.refinement_method, self.prf_weight)
+        if self.vector_store is None:
+            ignored |= {"vector_store", "search_depth"}
         return {name: value for name, value in flags.items() if name not in ignored}
 
 
@@ -329,6 +357,10 @@ def idle_flags(config: ExperimentConfig) -> list[str]:
     ignored = ignored_flags(config.refinement_method, config.prf_weight)
     if config.optimize_with_gold or config.reranker_model != SIMULATED_TEACHER:
         ignored |= set(OF_SIMULATED_TEACHER)
+    if config.vector_store is None:
+        ignored |= {"search_depth"}
+    if config.raw_scores != "all":
+        ignored |= {"raw_scores_depth"}
     return [f.name for f in fields() if f.name in ignored and getattr(config, f.name) != f.default]
 
 
@@ -427,6 +459,9 @@ def build_config(given: Mapping[str, str]) -> ExperimentConfig:
         problems.append(
             f"--scores_from_top: got {values['scores_from_top']}, must be at most --total_scores, which is {total}"
         )
+    depth = values.get("search_depth", defaults.search_depth)
+    if values.get("vector_store") and total > depth:
+        problems.append(f"--search_depth: got {depth}, must be at least --total_scores, which is {total}")
     if (rounds := values.get("feedback_rounds", 1)) > total:
         problems.append(f"--feedback_rounds: got {rounds}, must be at most --total_scores, which is {total}")
     asked = values.get("computation_types", "all").split(",")

@@ -130,6 +130,8 @@ class PlannedRun:
         sources, config = self.sources, self.config
         texts = as_key(sources["dataset"], sources["templates"])
         found = {"vectors": (as_key(config.cache_dir, sources["embedder"]), texts)}
+        if config.vector_store:
+            found["store"] = (config.vector_store, self.name)  # a file is open in one process: one run after the other
         if sources["hyde"]:
             writer = {name: value for name, value in sources["hyde"][0].items() if name != "samples"}
             found["passages"] = (as_key(config.cache_dir, sources["dataset"], writer), str(config.hyde_samples))
@@ -217,7 +219,7 @@ class _Reader:
     def __init__(self) -> None:
         self.problems: dict[str, None] = {}  # in order, each once
         self._values: dict[tuple[str, str], Any] = {}
-        self._facts: dict[tuple[str, str], DatasetFacts] = {}
+        self._facts: dict[tuple[str, str, bool], DatasetFacts] = {}
         self._prompts: dict[str, dict[str, Any]] = {}
 
     def _try(self, do: Callable[[], Any], where: str = "") -> Any:
@@ -239,7 +241,7 @@ class _Reader:
 
     def facts(self, config: ExperimentConfig) -> DatasetFacts | None:
         """What is known of a run's dataset."""
-        key = config.dataset, config.data_dir
+        key = config.dataset, config.data_dir, config.vector_store is None
         if key not in self._facts:
             self._facts[key] = self._try(lambda: dataset_facts(*key))
         return self._facts[key]

@@ -17,7 +17,8 @@ from scipy.sparse import csr_array
 
 from errors import UserError
 from experiment_config import METHOD_FLAGS, ExperimentConfig
-from ranking import sample_documents, sampled_ranks, unit_length
+from mapped_vectors import unit_length
+from ranking import Corpus, sampled_ranks
 from rerankers import Reranker
 from results import GATED
 from retrieval_dataset import RetrievalDataset, pairs_to_matrix
@@ -88,8 +89,7 @@ def share(count: int, rounds: int, number: int) -> int:
 def next_documents(
     current: Mapping[str, np.ndarray],
     starts: Mapping[str, Start],
-    documents: np.ndarray,
-    dataset: RetrievalDataset,
+    corpus: Corpus,
     config: ExperimentConfig,
     number: int,
 ) -> dict[str, np.ndarray]:
@@ -99,15 +99,14 @@ def next_documents(
         current: the queries as refined so far, float32 [Q, D] by start; in the first round also those that a gated
             start has to choose from.
         starts: what was scored before.
-        documents: float32 [N, D], of unit length.
-        dataset: for the candidates.
+        corpus: what is ranked.
         config: how many.
         number: of the round, from 0.
     """
     ranks_of = partial(ranks_for_teacher, config, number)
 
     def sample(vectors: np.ndarray, taken: np.ndarray) -> np.ndarray:
-        return sample_documents(vectors, documents, dataset, ranks_of, taken)
+        return corpus.sample(vectors, ranks_of, taken)
 
     found = {}
     for name, start in starts.items():
@@ -145,7 +144,7 @@ def ask_teacher(
 
 
 def choose_start(
-    original: np.ndarray, hyde: np.ndarray, documents: np.ndarray, sampled: np.ndarray, teacher_scores: np.ndarray
+    original: np.ndarray, hyde: np.ndarray, corpus: Corpus, sampled: np.ndarray, teacher_scores: np.ndarray
 ) -> np.ndarray:
     """Where a gated query starts from: HyDE where its cosines go along better with the teacher's scores.
 
@@ -155,7 +154,7 @@ def choose_start(
     Args:
         original: float32 [Q, D].
         hyde: float32 [Q, D].
-        documents: float32 [N, D], of unit length.
+        corpus: for the vectors of the sampled documents.
         sampled: int64 [Q, K], document indices, -1 for none.
         teacher_scores: float32 [Q, K], NaN for none.
 
@@ -165,7 +164,7 @@ def choose_start(
     correlations = np.full((2, len(original)), math.nan)
     for query, said in enumerate(teacher_scores):
         known = ~np.isnan(said)
-        vectors = documents[sampled[query, known]]
+        vectors = corpus.vectors(sampled[query, known])
         for row, queries in enumerate((original, hyde)):
             cosines = vectors @ unit_length(queries[query : query + 1].copy())[0]
             if known.sum() >= 2 and np.ptp(cosines) > 0 and np.ptp(said[known]) > 0:
@@ -189,25 +188,23 @@ def scored_documents(starts: Iterable[Start], dataset: RetrievalDataset) -> csr_
 
 def refine(
     start: Start,
-    documents: np.ndarray,
-    dataset: RetrievalDataset,
+    corpus: Corpus,
     config: ExperimentConfig,
     device: str,
     *,
     bounded: bool | None,
-    corpus: CorpusStatistics | None,
+    statistics: CorpusStatistics | None,
     trajectory: bool,
 ) -> Refinement:
     """Move each query of a start by all that the teacher said; with ``--prf_weight``, pull it and move it again.
 
     Args:
         start: its vectors and scores.
-        documents: float32 [N, D], of unit length.
-        dataset: for the candidates.
+        corpus: what is ranked.
         config: the method and its parameters.
         device: where to compute; the result is in main memory.
         bounded: whether scores are shares from 0 to 1; None where only they themselves can tell.
-        corpus: as for :func:`query_refinement.refine_queries`.
+        statistics: ``corpus`` of :func:`query_refinement.refine_queries`.
         trajectory: whether to keep losses and vectors by step (of the second move, where there are two).
 
     Raises:
@@ -218,20 +215,20 @@ def refine(
         bounded = bool(((said >= 0) & (said <= 1)).all())
     vectors = start.vectors if "lr" in config.method_flags else unit_length(start.vectors.copy())
     expects_shares = "neutral_score" in config.method_flags
-    settings = {"normalise_scores": expects_shares and not bounded, "corpus": corpus, **config.method_flags}
+    settings = {"normalise_scores": expects_shares and not bounded, "corpus": statistics, **config.method_flags}
     settings["method"] = config.refinement_method
     if config.prf_weight:
-        refined = _refine_rows(start, vectors, documents, device, settings)
+        refined = _refine_rows(start, vectors, corpus, device, settings)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        pulls = _pulls(refined.vectors.numpy(), start, documents, dataset, config.prf_documents, device)
+        pulls = _pulls(refined.vectors.numpy(), start, corpus, config.prf_documents, device)
         vectors = vectors + config.prf_weight * lengths * pulls
     if trajectory:
         settings["trajectory_every"] = TRAJECTORY_EVERY
-    return _refine_rows(start, vectors, documents, device, settings)
+    return _refine_rows(start, vectors, corpus, device, settings)
 
 
 def _refine_rows(
-    start: Start, vectors: np.ndarray, documents: np.ndarray, device: str, settings: dict[str, Any]
+    start: Start, vectors: np.ndarray, corpus: Corpus, device: str, settings: dict[str, Any]
 ) -> Refinement:
     """Call ``refine_queries`` for all queries, in as few pieces as memory allows."""
     import torch
@@ -239,35 +236,33 @@ def _refine_rows(
     from query_refinement import concatenate, refine_queries
 
     def refine_rows(rows: slice) -> Refinement:
-        inputs = (vectors[rows], documents[start.sampled[rows]], start.teacher_scores[rows])
+        inputs = (vectors[rows], corpus.vectors(start.sampled[rows]), start.teacher_scores[rows])
         return refine_queries(*(torch.from_numpy(array).to(device) for array in inputs), **settings).cpu()
 
-    refinement = concatenate([refine_rows(rows) for rows in _pieces(start.sampled, documents)])
+    refinement = concatenate([refine_rows(rows) for rows in _pieces(start.sampled, vectors.shape[1])])
     if not refinement.vectors.isfinite().all():
         flags = ", ".join(f"--{name}" for name in settings if name in METHOD_FLAGS[settings["method"]])
         raise UserError(f"{flags}, --prf_weight: refined queries are not finite numbers; choose smaller values")
     return refinement
 
 
-def _pulls(
-    vectors: np.ndarray, start: Start, documents: np.ndarray, dataset: RetrievalDataset, size: int, device: str
-) -> np.ndarray:
+def _pulls(vectors: np.ndarray, start: Start, corpus: Corpus, size: int, device: str) -> np.ndarray:
     """What stands out among the first ``size`` unscored documents of each refined query; float32 [Q, D]."""
     import torch
 
     from query_refinement import pseudo_feedback
 
-    pool = sample_documents(vectors, documents, dataset, lambda n: np.arange(min(n, size)), start.sampled)
+    pool = corpus.sample(vectors, lambda n: np.arange(min(n, size)), start.sampled)
     found = []
-    for rows in _pieces(pool, documents):
-        inputs = (vectors[rows], documents[pool[rows]], pool[rows] >= 0)
+    for rows in _pieces(pool, vectors.shape[1]):
+        inputs = (vectors[rows], corpus.vectors(pool[rows]), pool[rows] >= 0)
         found.append(pseudo_feedback(*(torch.from_numpy(array).to(device) for array in inputs)).cpu().numpy())
     return np.concatenate(found)
 
 
-def _pieces(sampled: np.ndarray, documents: np.ndarray) -> list[slice]:
-    """Which queries' documents to gather at once; sampled is [Q, K]."""
+def _pieces(sampled: np.ndarray, dimension: int) -> list[slice]:
+    """Which queries' documents, of so many dimensions, to gather at once; sampled is [Q, K]."""
     n_queries, k = sampled.shape
-    each = max(4 * k * documents.shape[1], 12 * k * k)  # the ridges compare documents with each other
+    each = max(4 * k * dimension, 12 * k * k)  # the ridges compare documents with each other
     size = max(1, GATHER_BYTES // max(1, each))
     return [slice(first, first + size) for first in range(0, n_queries, size)]

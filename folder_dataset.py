@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -22,7 +22,9 @@ from retrieval_dataset import (
 )
 
 logger = logging.getLogger(__name__)
-NEEDED_FILES = ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
+CORPUS = "corpus.jsonl"
+NEEDED_FILES = (CORPUS, "queries.jsonl", "qrels/test.tsv")
+QRELS_COLUMNS = ("query-id", "corpus-id", "score")
 MORE_FILES = ("candidates.tsv", "dataset.yaml")
 
 
@@ -61,8 +63,8 @@ def read_texts(path: Path, what: str) -> tuple[list[str], list[str]]:
     return list(rows), list(rows.values())
 
 
-def _check_files(folder: Path) -> None:
-    for needed in NEEDED_FILES:
+def _check_files(folder: Path, needs_corpus: bool = True) -> None:
+    for needed in NEEDED_FILES if needs_corpus else NEEDED_FILES[1:]:
         if not (folder / needed).is_file():
             raise UserError(f"{folder / needed}: missing; a dataset folder has {', '.join(NEEDED_FILES)}")
 
@@ -71,14 +73,19 @@ def _folder_name(folder: Path) -> str:
     return folder.resolve().name
 
 
-def folder_facts(folder: Path, name: str | None = None) -> DatasetFacts:
+def folder_facts(folder: Path, name: str | None = None, needs_corpus: bool = True) -> DatasetFacts:
     """What a folder says of itself without being taken apart: one pass over its bytes.
+
+    Args:
+        folder: of the dataset.
+        name: None for the folder's own.
+        needs_corpus: whether corpus.jsonl must be there.
 
     Raises:
         UserError: a file is missing or cannot be read.
     """
-    _check_files(folder)
-    digest, lines = hashlib.blake2b(digest_size=16), {}
+    _check_files(folder, needs_corpus)
+    digest, corpus, lines = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16), {}
     for file_name in NEEDED_FILES + MORE_FILES:
         if (path := folder / file_name).exists():
             lines[file_name] = 0
@@ -86,6 +93,8 @@ def folder_facts(folder: Path, name: str | None = None) -> DatasetFacts:
                 with open(path, "rb") as file:
                     for line in file:
                         digest.update(line)
+                        if file_name == CORPUS:
+                            corpus.update(line)
                         lines[file_name] += not line.isspace()
             except OSError as error:
                 raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -96,8 +105,9 @@ def folder_facts(folder: Path, name: str | None = None) -> DatasetFacts:
         task_type=settings["task_type"],
         instruction=settings.get("instruction"),
         queries=lines["queries.jsonl"],
-        documents=lines["corpus.jsonl"],
+        documents=lines.get(CORPUS, 0),
         identity=digest.hexdigest(),
+        corpus=corpus.hexdigest() if CORPUS in lines else "",
     )
 
 
@@ -131,21 +141,57 @@ def load_folder(folder: Path, name: str | None = None) -> RetrievalDataset:
     )
 
 
+def load_folder_queries(
+    folder: Path,
+    documents: Sequence[str],
+    document_ids: Sequence[str],
+    places: Callable[[Iterable[str]], dict[str, int]],
+) -> RetrievalDataset:
+    """A folder whose documents are in a vector store: corpus.jsonl is not read and need not be there.
+
+    Args:
+        folder: of the dataset.
+        documents: texts by place in the corpus.
+        document_ids: ids by place in the corpus.
+        places: from ids of documents to their places; those that the store does not have are left out.
+
+    Raises:
+        UserError: naming the file, the line, and what is wrong there.
+    """
+    _check_files(folder, needs_corpus=False)
+    query_ids, queries = read_texts(folder / "queries.jsonl", "query")
+    path = folder / "qrels" / "test.tsv"
+    judged = dict.fromkeys(cells[1] for _, cells in read_tsv(path, QRELS_COLUMNS))
+    rows = {"query": {i: r for r, i in enumerate(query_ids)}, "document": places(judged)}
+    relevant = _read_relevant(path, rows, "the vector store")
+    return RetrievalDataset(
+        name=_folder_name(folder),
+        documents=documents,
+        document_ids=document_ids,
+        queries=queries,
+        query_ids=query_ids,
+        relevance=pairs_to_matrix(relevant, len(queries), len(documents)),
+        **_read_dataset_yaml(folder / "dataset.yaml"),
+    )
+
+
 def _read_pairs(
-    path: Path, columns: Sequence[str], rows: dict[str, dict[str, int]]
+    path: Path, columns: Sequence[str], rows: dict[str, dict[str, int]], corpus: str = CORPUS
 ) -> Iterator[tuple[tuple[int, int], list[str], int]]:
     """Yield ((query row, document row), cells, line number) of a file whose first two columns are ids."""
     for number, cells in read_tsv(path, columns):
         for what, identifier in zip(rows, cells, strict=False):
             if identifier not in rows[what]:
-                source = "queries.jsonl" if what == "query" else "corpus.jsonl"
+                source = "queries.jsonl" if what == "query" else corpus
                 raise UserError(f"{path}:{number}: {what} {identifier!r} is not in {source}")
         yield (rows["query"][cells[0]], rows["document"][cells[1]]), cells, number
 
 
-def _read_relevant(path: Path, rows: dict[str, dict[str, int]]) -> Iterator[tuple[int, int]]:
+def _read_relevant(
+    path: Path, rows: dict[str, dict[str, int]], corpus: str = CORPUS
+) -> Iterator[tuple[int, int]]:
     """Yield the pairs of a qrels file with a score above 0."""
-    for pair, cells, number in _read_pairs(path, ["query-id", "corpus-id", "score"], rows):
+    for pair, cells, number in _read_pairs(path, QRELS_COLUMNS, rows, corpus):
         try:
             score = float(cells[2])
         except ValueError:

@@ -29,7 +29,8 @@ from experiment_grid import Grid, PlannedRun, in_order
 from feedback import in_turn, ranks_for_teacher, share
 from hyde import HydeWriter, find_hyde_writer
 from instruction_templates import fill_templates, read_templates, templates_for
-from ranking import sample_documents, unit_length
+from mapped_vectors import unit_length
+from ranking import sample_documents
 from rerankers import Reranker, find_reranker
 from results import GATED, REFINED_FROM, aligned
 from retrieval_dataset import RetrievalDataset

@@ -16,21 +16,28 @@ from cache_utils import write_atomically
 from experiment_grid import Grid, PlannedRun
 from job_runner import Outcome
 from llm_client import Usage
-from results import LOG, TABLE_METRICS, VARIANTS, aligned, csv_text, read_json
+from results import LOG, TABLE_METRICS, VARIANTS, aligned, csv_text, read_json, table_metrics
 
 
-def means_of(summary: Mapping[str, Any], metric: str = "map") -> dict[str, float]:
-    """One metric of each variant of a run, from its ``summary.json``."""
-    means = summary.get("means", {})
+def headline(summary: Mapping[str, Any]) -> str:
+    """The name of a run's mean average precision: where its rankings are cut, it says so."""
+    names = summary.get("means", {}).get("embeddings", {})
+    return next((name for name in names if name.startswith("map_at_")), "map")
+
+
+def means_of(summary: Mapping[str, Any], metric: str | None = None) -> dict[str, float]:
+    """One metric of each variant of a run, from its ``summary.json``; None for its mean average precision."""
+    means, metric = summary.get("means", {}), metric or headline(summary)
     return {variant: own[metric] for variant, own in means.items() if isinstance(own.get(metric), float | int)}
 
 
 def figures_of(folder: Path) -> str:
     """A run's figures in a few words."""
-    maps = {variant: f"{value:.4f}" for variant, value in means_of(read_json(folder / "summary.json")).items()}
+    summary = read_json(folder / "summary.json")
+    maps = {variant: f"{value:.4f}" for variant, value in means_of(summary).items()}
     parts = []
     for before, after, name in (
-        ("embeddings", "optimized_embeddings", "map"),
+        ("embeddings", "optimized_embeddings", headline(summary)),
         ("hyde", "optimized_hyde_embeddings", "HyDE"),
     ):
         if figures := [maps[variant] for variant in (before, after) if variant in maps]:
@@ -61,11 +68,11 @@ def keep_summary(
         new = [summary_row(run, outcomes[run.folder], completed.get(run.folder, run.folder), grid) for run in grid.runs]
         # Rows of the same folder are replaced; those of a run that was not done also where it is done elsewhere now.
         folders = {Path(row["folder"]).resolve() for row in new}
-        done = {row["hash"] for row in new if row["map_embeddings"]}
+        done = {row["hash"] for row in new if _has_figures(row)}
         kept = [
             row
             for row in rows or []
-            if Path(row["folder"]).resolve() not in folders and (row.get("map_embeddings") or row["hash"] not in done)
+            if Path(row["folder"]).resolve() not in folders and (_has_figures(row) or row["hash"] not in done)
         ]
         names = list(dict.fromkeys(name for row in (*new, *kept) for name in row))
         lines = [[row.get(name, "") for name in names] for row in (*kept, *new)]
@@ -76,6 +83,10 @@ def keep_summary(
         print(f"warning: {path} cannot be written ({error.strerror})", file=sys.stderr)
         return None
     return path
+
+
+def _has_figures(row: Mapping[str, Any]) -> bool:
+    return any(value for name, value in row.items() if name.startswith("map_") and name.endswith("embeddings"))
 
 
 def _earlier_rows(path: Path) -> list[dict[str, str]] | None:
@@ -102,7 +113,8 @@ def summary_row(run: PlannedRun, outcome: Outcome, folder: Path, grid: Grid) -> 
     row |= {"embedding_model": run.config.embedding_model} | {name: run.shown(name) for name in grid.varying}
     done = outcome.state in ("completed", "skipped")
     summary = read_json(folder / "summary.json") if done else {}
-    for metric in TABLE_METRICS:
+    cut = table_metrics(run.config.search_depth) if run.config.vector_store else ()
+    for metric in (*TABLE_METRICS, *cut):
         means = means_of(summary, metric)
         row |= {f"{metric}_{name}": f"{means[name]:.6f}" if name in means else "" for name in VARIANTS}
     counts = summary.get("language_models", {}).values()
@@ -147,7 +159,8 @@ def figures_table(grid: Grid, runs: Sequence[PlannedRun], completed: Mapping[Pat
     folders = {run.folder: completed.get(run.folder, run.folder) for run in runs}
     maps = {folder: means_of(read_json(done / "summary.json")) for folder, done in folders.items()}
     others = [variant for variant in VARIANTS if variant != "embeddings" and any(variant in m for m in maps.values())]
-    header = ["dataset", "embedding model", *grid.varying, "map"]
+    names = {headline(read_json(done / "summary.json")) for done in folders.values()}
+    header = ["dataset", "embedding model", *grid.varying, " or ".join(sorted(names))]
     lines = [header + [word for variant in others for word in (VARIANTS[variant], "change")]]
     for run in runs:
         own = maps[run.folder]

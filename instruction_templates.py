@@ -219,10 +219,12 @@ class FilledTexts:
     templates: EmbeddingTemplates
 
 
-def fill_templates(templates: EmbeddingTemplates, dataset: RetrievalDataset) -> FilledTexts:
-    """Put a dataset's texts into templates."""
+def fill_templates(
+    templates: EmbeddingTemplates, dataset: RetrievalDataset, with_documents: bool = True
+) -> FilledTexts:
+    """Put a dataset's texts into templates; without its documents where these need not be embedded."""
     return FilledTexts(
-        documents=[templates.fill_document(text) for text in dataset.documents],
+        documents=[templates.fill_document(text) for text in dataset.documents] if with_documents else [],
         queries=[templates.fill_query(text) for text in dataset.queries],
         templates=templates,
     )

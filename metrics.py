@@ -3,13 +3,15 @@
 The residual metrics leave out the documents that a teacher has scored: they show what refinement taught about documents
 nobody scored, which putting the scored ones in order cannot do.
 
-All of them follow from the ranks of the relevant documents, so a query's candidates are sorted by value once and never
-put in order: the rank of a document is how many score higher, plus how many of the same score come before it.
+All of them follow from the ranks of the relevant documents, so a query's candidates are never put in order: of those
+that score at least as well as the last relevant one the values are sorted, and the rank of a document is how many score
+higher, plus how many of the same score come before it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -38,10 +40,12 @@ def ranks_of(scores: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.
         int64 [R], their ranks from 0, ties broken by position; and float64 [R], how many documents each is better than,
         a tie counting half, with itself too.
     """
-    ascending = np.sort(scores)
     values = scores[positions]
-    below = np.searchsorted(ascending, values, side="left")
-    not_above = np.searchsorted(ascending, values, side="right")
+    # What scores less than all of them need not be in order.
+    head = np.sort(scores[scores >= values.min()]) if len(values) else scores[:0]
+    less = len(scores) - len(head)
+    below = less + np.searchsorted(head, values, side="left")
+    not_above = less + np.searchsorted(head, values, side="right")
     ranks = len(scores) - not_above
     for i in np.flatnonzero(not_above - below > 1):
         ranks[i] += np.count_nonzero(scores[: positions[i]] == values[i])
@@ -80,19 +84,82 @@ def query_metrics(scores: np.ndarray, relevant: np.ndarray, scored: np.ndarray |
     in_order = float(better_than[:n_relevant].sum())
     auc = (in_order - n_relevant**2 / 2) / (n_relevant * n_other) if n_other else math.nan
     left = np.empty(0) if scored is None else residual_ranks(ranks, np.sort(all_ranks[n_relevant:]))
-    found = {k: int(np.searchsorted(ranks, k)) for k in CUTOFFS}
-    discounts = 1 / np.log2(np.arange(10) + 2)
     return {
         "map": average_precision(ranks),
         "roc_auc": auc,
-        **{f"precision_at_{k}": found[k] / k for k in CUTOFFS},
-        **{f"recall_at_{k}": found[k] / n_relevant for k in CUTOFFS},
-        **{f"match_at_{k}": float(found[k] > 0) for k in CUTOFFS},
-        "ndcg_at_10": float(discounts[ranks[ranks < 10]].sum() / discounts[: min(10, n_relevant)].sum()),
+        **_at_cutoffs(ranks, n_relevant, CUTOFFS),
+        "ndcg_at_10": ndcg(ranks, n_relevant, 10),
         "mrr": 1 / (int(ranks[0]) + 1),
         "residual_map": average_precision(left) if len(left) else math.nan,
         "residual_recall_at_50": float(np.mean(left < 50)) if len(left) else math.nan,
     }
+
+
+def _at_cutoffs(ranks: np.ndarray, n_relevant: int, cutoffs: Sequence[int]) -> dict[str, float]:
+    """Precision, recall and match at each cutoff, from the ranks (from 0, ascending) of relevant documents."""
+    found = {k: int(np.searchsorted(ranks, k)) for k in cutoffs}
+    return {
+        **{f"precision_at_{k}": found[k] / k for k in cutoffs},
+        **{f"recall_at_{k}": found[k] / n_relevant for k in cutoffs},
+        **{f"match_at_{k}": float(found[k] > 0) for k in cutoffs},
+    }
+
+
+def ndcg(ranks: np.ndarray, n_relevant: int, k: int) -> float:
+    """nDCG of the first ``k`` with gain 1 and discount log2(rank + 1); ``ranks`` int [R], from 0, of relevant ones."""
+    discounts = 1 / np.log2(np.arange(k) + 2)
+    return float(discounts[ranks[ranks < k]].sum() / discounts[: min(k, n_relevant)].sum())
+
+
+def cut_metric_names(depth: int) -> tuple[str, ...]:
+    """The metrics of a ranking that is cut at ``depth``, each named after what it looks at."""
+    cutoffs = [k for k in CUTOFFS if k < depth]
+    return (
+        f"map_at_{depth}",
+        *(f"{name}_at_{k}" for name in ("precision", "recall", "match") for k in (*cutoffs, depth)),
+        *(f"ndcg_at_{k}" for k in sorted({min(10, depth), depth})),
+        f"mrr_at_{depth}",
+        f"residual_map_at_{depth}",
+        f"residual_recall_at_{depth}",
+    )
+
+
+def cut_metrics(
+    ranks: np.ndarray, n_relevant: int, depth: int, scored: np.ndarray | None = None, n_left: int = 0
+) -> dict[str, float]:
+    """All metrics of one query whose ranking is cut: what lies deeper counts as not found.
+
+    ``map_at_d`` is the sum of the precisions at the relevant documents found, over the number of all relevant ones, so
+    never above ``map``. The residual metrics are those of the results without the documents in ``scored``.
+
+    Args:
+        ranks: int [F], of the relevant documents among the results, from 0, ascending.
+        n_relevant: how many there are in the corpus.
+        depth: results a query.
+        scored: int [K], the ranks of scored documents among the results, ascending; None where there is no teacher.
+        n_left: how many relevant documents no teacher has scored.
+
+    Returns:
+        A value for each of :func:`cut_metric_names`; NaN as in :func:`query_metrics`.
+    """
+    names = cut_metric_names(depth)
+    if n_relevant == 0:
+        return dict.fromkeys(names, math.nan)
+    found = {
+        f"map_at_{depth}": _cut_precision(ranks, n_relevant),
+        **_at_cutoffs(ranks, n_relevant, (*(k for k in CUTOFFS if k < depth), depth)),
+        **{f"ndcg_at_{k}": ndcg(ranks, n_relevant, k) for k in (min(10, depth), depth)},
+        f"mrr_at_{depth}": 1 / (int(ranks[0]) + 1) if len(ranks) else 0.0,
+    }
+    left = np.empty(0) if scored is None else residual_ranks(ranks, scored)
+    known = scored is not None and n_left > 0
+    found[f"residual_map_at_{depth}"] = _cut_precision(left, n_left) if known else math.nan
+    found[f"residual_recall_at_{depth}"] = len(left) / n_left if known else math.nan
+    return {name: found[name] for name in names}
+
+
+def _cut_precision(ranks: np.ndarray, n_relevant: int) -> float:
+    return float(np.sum(np.arange(1, len(ranks) + 1) / (ranks + 1)) / n_relevant)
 
 
 def residual_ranks(ranks: np.ndarray, scored: np.ndarray) -> np.ndarray:

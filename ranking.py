@@ -5,27 +5,24 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
 from scipy.sparse import csr_array
 
+from mapped_vectors import MappedVectors, unit_length
 from metrics import METRICS, P_MRR, p_mrr, query_metrics, ranks_of, top_documents
 from retrieval_dataset import RetrievalDataset, row_of
 
 BLOCK_SCORES = 1 << 22  # cosines held at once: 16 MiB, and a few times that while they are measured and written
-NORMALISE_ROWS = 1 << 14
-
-
-def unit_length(vectors: np.ndarray) -> np.ndarray:
-    """Divide each row of float32 [N, D] by its length, in place; a zero row stays zero."""
-    for start in range(0, len(vectors), NORMALISE_ROWS):
-        rows = vectors[start : start + NORMALISE_ROWS]
-        lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-        rows /= np.where(lengths > 0, lengths, 1)[:, None]
-    return vectors
-
-
+# A corpus so large that few queries make a block is read once for each block: then blocks may have up to so many
+# queries, and 256 MiB.
+BLOCK_QUERIES, MOST_BLOCK_SCORES = 64, 1 << 26
+Vectors = np.ndarray | MappedVectors
 Product = Callable[[np.ndarray, np.ndarray, np.ndarray], object]  # of float32 matrices, into the third
+Scored = tuple[np.ndarray, np.ndarray]  # documents int64 [Q, K], -1 for none; scores float32 [Q, K], NaN for none
+# Gets the queries of a block; its documents, int64 [B, N] with -1 for none, or None for all; their cosines [B, N].
+Keep = Callable[[slice, np.ndarray | None, np.ndarray], None]
 
 
 def torch_product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
@@ -37,7 +34,7 @@ def torch_product(a: np.ndarray, b: np.ndarray, out: np.ndarray) -> None:
 
 def score_blocks(
     queries: np.ndarray,
-    documents: np.ndarray,
+    documents: Vectors,
     repeats: tuple[np.ndarray, np.ndarray] | None = None,
     product: Product = torch_product,
 ) -> Iterator[tuple[slice, np.ndarray]]:
@@ -45,7 +42,7 @@ def score_blocks(
 
     Args:
         queries: float32 [Q, D].
-        documents: float32 [N, D], of unit length.
+        documents: float32 [N, D], of unit length, in memory or mapped; mapped ones are read once a block.
         repeats: as ``RetrievalDataset.repeats``: documents that get the very score of an equal one.
         product: multiplies; another one may give other last bits.
 
@@ -53,15 +50,27 @@ def score_blocks(
         which queries, and float32 [B, N], whose memory the next block takes over.
     """
     unit_queries = unit_length(queries.copy())
-    size = min(len(queries), max(1, BLOCK_SCORES // len(documents)))
+    fewest = min(BLOCK_QUERIES, MOST_BLOCK_SCORES // len(documents))
+    size = min(len(queries), max(1, fewest, BLOCK_SCORES // len(documents)))
     scores = np.empty((size, len(documents)), dtype=np.float32)
     for start in range(0, len(queries), size):
         rows = slice(start, min(start + size, len(queries)))
         block = scores[: rows.stop - rows.start]
-        product(unit_queries[rows], documents.T, block)
+        if isinstance(documents, MappedVectors):
+            _score_mapped(unit_queries[rows], documents, product, block)
+        else:
+            product(unit_queries[rows], documents.T, block)
         if repeats is not None and len(repeats[0]):
             block[:, repeats[0]] = block[:, repeats[1]]
         yield rows, block
+
+
+def _score_mapped(queries: np.ndarray, documents: MappedVectors, product: Product, block: np.ndarray) -> None:
+    for columns, vectors, lengths in documents.pieces():
+        part = np.empty((len(queries), len(columns)), dtype=np.float32)
+        product(queries, vectors.T, part)
+        part /= lengths
+        block[:, columns] = part
 
 
 def candidate_scores(
@@ -87,7 +96,7 @@ def sampled_ranks(n_candidates: int, total_scores: int, scores_from_top: int, se
 
 def sample_documents(
     queries: np.ndarray,
-    documents: np.ndarray,
+    documents: Vectors,
     dataset: RetrievalDataset,
     ranks_of: Callable[[int], np.ndarray],
     taken: np.ndarray | None = None,
@@ -181,11 +190,94 @@ def _among(candidates: np.ndarray | None, documents: np.ndarray) -> np.ndarray:
     return documents if candidates is None else np.searchsorted(candidates, documents)
 
 
-def measure_queries(
-    queries: np.ndarray, documents: np.ndarray, dataset: RetrievalDataset, scored: csr_array | None = None
-) -> dict[str, np.ndarray]:
-    """Metrics of all queries, float64 [Q] by name; arguments as for :func:`score_blocks` and :class:`Measures`."""
-    measures = Measures(dataset, scored)
-    for rows, scores in score_blocks(queries, documents, dataset.repeats):
-        measures.add(rows, scores)
-    return measures.result()
+class Corpus(Protocol):
+    """What a run ranks: all candidates exactly, or the first results of a vector store.
+
+    Attributes:
+        dataset: queries, relevance, and texts by index.
+        depth: results a query where the ranking is cut; None where it is whole.
+    """
+
+    dataset: RetrievalDataset
+    depth: int | None
+
+    def vectors(self, documents: np.ndarray) -> np.ndarray:
+        """Unit-length vectors: int64 [...] in, float32 [..., D] out; anything for an index of -1."""
+        ...
+
+    def spread(self, count: int) -> np.ndarray:
+        """Unit-length vectors of at most so many documents, spread over the corpus; float32 [n, D]."""
+        ...
+
+    def sample(
+        self, queries: np.ndarray, ranks_of: Callable[[int], np.ndarray], taken: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Find the documents on some ranks of each query; as :func:`sample_documents`."""
+        ...
+
+    def measure(
+        self,
+        queries: np.ndarray,
+        scored: csr_array | None = None,
+        first: Scored | None = None,
+        keep: Keep | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Rank by the queries, and measure.
+
+        Args:
+            queries: float32 [Q, D].
+            scored: bool csr_array [Q, N], the documents that a teacher has scored; None where there is no teacher.
+            first: of these documents those with a score are put first, see :func:`put_scored_first`.
+            keep: gets each block when it is measured.
+
+        Returns:
+            each metric, float64 [Q].
+        """
+        ...
+
+
+class ExactCorpus:
+    """A corpus of which every candidate of every query is ranked; see :class:`Corpus`.
+
+    Args:
+        documents: float32 [N, D], of unit length, in memory or mapped.
+        dataset: for relevance and candidates.
+        product: as in :func:`score_blocks`.
+    """
+
+    depth = None
+
+    def __init__(self, documents: Vectors, dataset: RetrievalDataset, product: Product = torch_product) -> None:
+        self.dataset = dataset
+        self._documents, self._product = documents, product
+
+    def vectors(self, documents: np.ndarray) -> np.ndarray:
+        """See :class:`Corpus`."""
+        return self._documents[documents]
+
+    def spread(self, count: int) -> np.ndarray:
+        """See :class:`Corpus`."""
+        return self._documents[np.arange(0, len(self._documents), -(-len(self._documents) // count))]
+
+    def sample(
+        self, queries: np.ndarray, ranks_of: Callable[[int], np.ndarray], taken: np.ndarray | None = None
+    ) -> np.ndarray:
+        """See :class:`Corpus`."""
+        return sample_documents(queries, self._documents, self.dataset, ranks_of, taken, self._product)
+
+    def measure(
+        self,
+        queries: np.ndarray,
+        scored: csr_array | None = None,
+        first: Scored | None = None,
+        keep: Keep | None = None,
+    ) -> dict[str, np.ndarray]:
+        """See :class:`Corpus`."""
+        measures = Measures(self.dataset, scored)
+        for rows, scores in score_blocks(queries, self._documents, self.dataset.repeats, self._product):
+            if first is not None:
+                put_scored_first(scores, first[0][rows], first[1][rows])
+            measures.add(rows, scores)
+            if keep is not None:
+                keep(rows, None, scores)
+        return measures.result()

@@ -15,13 +15,15 @@ from typing import Any
 
 from experiment_config import METHOD_DEFAULTS, METHOD_FLAGS, ExperimentConfig
 from groupwise_judge import GROUPWISE
-from metrics import RESIDUAL_METRICS
 from report_runs import LeftOut, RunRecord
 from results import REFINED_FROM, VARIANTS, variant_files
 
 # Settings that every variant depends on, and those that only variants with a hypothetical document do; all others are
 # about the teacher and refinement.
-OF_EMBEDDING = ("embedding_model_revision", "embedder_dtype", "embedder_max_tokens", "instruction_templates")
+OF_EMBEDDING = (
+    *("embedding_model_revision", "embedder_dtype", "embedder_max_tokens", "instruction_templates"),
+    *("vector_store", "search_depth"),
+)
 OF_PRF = ("prf_weight", "prf_documents")
 OF_HYDE = ("hyde_model", "hyde_samples", "hyde_average_query")
 METHODS = list(METHOD_FLAGS)
@@ -153,7 +155,7 @@ def comparable(
     kept = _with_same_topics(kept, left_out)
     axes = _axes(kept)
     kept.sort(key=lambda record: _order(record, axes))
-    return Runs(kept, axes, left_out, _of_datasets(kept), metric in RESIDUAL_METRICS)
+    return Runs(kept, axes, left_out, _of_datasets(kept), metric.startswith("residual_"))
 
 
 def _of_datasets(records: Sequence[RunRecord]) -> list[str]:

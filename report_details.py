@@ -158,9 +158,9 @@ def read_details(run: RunRecord, baseline: str, metric: str) -> RunDetails:
             why_not.setdefault("raw scores or tensors hold something else than runs write", []).append(what)
         return None
 
-    separation = part("separation", partial(read_separation, run)) or {}
+    separation = part("separation", lambda: check_whole(run) or read_separation(run)) or {}
     teacher = part("teacher's scores", partial(read_teacher, run.folder / variant_files(variant)[1]))
-    helped, hurt = part("queries", partial(read_queries, run, baseline, variant)) or ([], [])
+    helped, hurt = part("queries", lambda: check_whole(run) or read_queries(run, baseline, variant)) or ([], [])
     refined = [own for own in run.values if (run.folder / variant_files(own)[2]).is_file()]
     steps = {own: part("steps", partial(read_steps, run.folder / variant_files(own)[2], metric)) for own in refined}
     config = read_json(run.folder / "config.json")
@@ -169,6 +169,21 @@ def read_details(run: RunRecord, baseline: str, metric: str) -> RunDetails:
     steps = {own: found for own, found in steps.items() if found is not None}
     missing = [f"{', '.join(parts)} ({reason})" for reason, parts in why_not.items()]
     return RunDetails(run, variant, separation, teacher, helped, hurt, steps, bool(refined), missing)
+
+
+def check_whole(run: RunRecord) -> None:
+    """Tell of a run whose raw scores are not those of all candidates: ranks among a part of them say something else.
+
+    Raises:
+        Damaged: naming what the run left out.
+    """
+    flags = run.config["flags"]
+    if flags.get("vector_store"):
+        raise Damaged(f"the run knows the first {flags.get('search_depth')} results of a query only")
+    if flags.get("raw_scores", "all") != "all":
+        raise Damaged(f"the run was told --raw_scores {flags['raw_scores']}")
+    if (depth := flags.get("raw_scores_depth")) is not None:
+        raise Damaged(f"the run was told --raw_scores_depth {depth}")
 
 
 def closest_variant(run: RunRecord, baseline: str) -> str:

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cache_utils import write_atomically
 from errors import FolderBusy, UserError, check_writable, is_folder
+from raw_scores import RawScoresWriter
 from retrieval_dataset import RetrievalDataset
 
 logger = logging.getLogger(__name__)
@@ -37,6 +36,19 @@ TABLE_METRICS = (
     *("map", "roc_auc", "ndcg_at_10", "mrr", "precision_at_10", "recall_at_50"),
     *("residual_map", "residual_recall_at_50", "p_mrr"),
 )
+
+
+def table_metrics(depth: int | None) -> tuple[str, ...]:
+    """The metrics that are shown, as they are named where rankings are cut at ``depth``; None where they are whole."""
+    if depth is None:
+        return TABLE_METRICS
+    ten = min(10, depth)
+    return (
+        *(f"map_at_{depth}", f"ndcg_at_{ten}", f"mrr_at_{depth}", f"precision_at_{ten}", f"recall_at_{depth}"),
+        *(f"residual_map_at_{depth}", f"residual_recall_at_{depth}"),
+    )
+
+
 # The variants of a query, as files are named after them and as people read them.
 VARIANTS = {
     "embeddings": "original",
@@ -52,18 +64,7 @@ GATED = "gated_hyde"
 REFINED_FROM = {"optimized_embeddings": "embeddings", "optimized_hyde_embeddings": "hyde", GATED: GATED}
 # Their controls: the scored documents first, in the teacher's order, below them the others in the start's.
 RERANKED_FROM = {"reranked": "embeddings", "reranked_hyde": "hyde"}
-ROW_GROUP = 1 << 20  # rows; a block of scores that is larger stays in one piece
 PACKAGES = ("torch", "sentence-transformers", "transformers", "numpy", "pyarrow")
-RAW_SCHEMA = pa.schema(
-    [
-        ("topic", pa.dictionary(pa.int32(), pa.large_string())),
-        ("document_id", pa.dictionary(pa.int32(), pa.large_string())),
-        ("document", pa.dictionary(pa.int32(), pa.large_string())),
-        ("gold_label", pa.int8()),
-        ("score", pa.float32()),
-        ("reranker_score", pa.float32()),
-    ]
-)
 
 
 def package_versions() -> dict[str, str]:
@@ -304,12 +305,21 @@ class RunFolder:
         write_atomically(self.folder / "tensors" / f"{variant}.safetensors", lambda file: file.write(content))
 
     @contextmanager
-    def raw_scores(self, variant: str, dataset: RetrievalDataset) -> Iterator[RawScoresWriter]:
-        """Open ``<variant>_raw_scores.parquet`` for writing block by block; it appears when all is written."""
+    def raw_scores(
+        self, variant: str, dataset: RetrievalDataset, which: str = "all", depth: int | None = None
+    ) -> Iterator[RawScoresWriter]:
+        """Open ``<variant>_raw_scores.parquet`` for writing block by block; it appears when all is written.
+
+        Args:
+            variant: of the query.
+            dataset: for texts, ids and gold labels.
+            which: "all" candidates, or the "scored" ones.
+            depth: of all, how many first ranks of a query; None for no limit.
+        """
         path = self.folder / f"{variant}_raw_scores.parquet"
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            with RawScoresWriter(temporary, dataset) as writer:
+            with RawScoresWriter(temporary, dataset, which, depth) as writer:
                 yield writer
             os.replace(temporary, path)
         finally:
@@ -324,83 +334,6 @@ def _inherited_lock() -> int | None:
     except (KeyError, ValueError, OSError):
         return None
     return number
-
-
-class RawScoresWriter:
-    """A parquet file with a row for every (query, candidate): dictionary-encoded texts, zstd, row groups."""
-
-    def __init__(self, path: Path, dataset: RetrievalDataset) -> None:
-        self._dataset = dataset
-        self._dictionaries = [
-            pa.array(texts, pa.large_string()) for texts in (dataset.topics, dataset.document_ids, dataset.documents)
-        ]
-        self._file = pq.ParquetWriter(
-            path,
-            RAW_SCHEMA,
-            compression="zstd",
-            use_dictionary=["topic", "document_id", "document"],
-            dictionary_pagesize_limit=1 << 30,  # beyond the limit the writer would repeat every text in every row
-        )
-        self._waiting: list[tuple[np.ndarray, ...]] = []
-
-    def __enter__(self) -> RawScoresWriter:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if error[0] is None:
-            self._write_waiting()
-        self._file.close()
-
-    def write(self, rows: slice, scores: np.ndarray, sampled: np.ndarray, reranker_scores: np.ndarray) -> None:
-        """Add the rows of a block of queries, in the order of queries and documents.
-
-        Args:
-            rows: which queries, B of them.
-            scores: float32 [B, N], cosines.
-            sampled: int64 [B, K], document indices the teacher scored, -1 for none.
-            reranker_scores: float32 [B, K], NaN for none.
-        """
-        data, (n_queries, n_documents) = self._dataset, scores.shape
-        teacher = np.full(scores.shape, math.nan, dtype=np.float32)
-        block_rows, ranks = np.nonzero(sampled >= 0)
-        teacher[block_rows, sampled[block_rows, ranks]] = reranker_scores[block_rows, ranks]
-        gold = data.relevance[rows].toarray().astype(np.int8)
-        query_index = np.repeat(np.arange(rows.start, rows.start + n_queries, dtype=np.int32), n_documents)
-        document_index = np.tile(np.arange(n_documents, dtype=np.int32), n_queries)
-        columns = (query_index, document_index, gold.ravel(), scores.ravel(), teacher.ravel())
-        keep = slice(None) if data.candidates is None else data.candidates[rows].toarray().ravel()
-        columns = tuple(column[keep] for column in columns)
-        if not self._waiting and len(columns[0]) >= ROW_GROUP:
-            self._write_row_group(columns)
-            return
-        self._waiting.append(tuple(column.copy() for column in columns))  # the next block takes over their memory
-        if sum(len(waiting[0]) for waiting in self._waiting) >= ROW_GROUP:
-            self._write_waiting()
-
-    def _write_waiting(self) -> None:
-        if self._waiting:
-            columns = tuple(np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
-            self._waiting = []
-            self._write_row_group(columns)
-
-    def _write_row_group(self, columns: tuple[np.ndarray, ...]) -> None:
-        queries, documents, gold, scores, teacher = columns
-        if not len(queries):  # queries without candidates
-            return
-        topics, ids, texts = self._dictionaries
-        # A dictionary is stored once a row group: only the texts that occur in it.
-        occurs = np.zeros(len(ids), dtype=bool)
-        occurs[documents] = True
-        if not occurs.all():
-            documents = (np.cumsum(occurs, dtype=np.int32) - 1)[documents]
-            ids, texts = (dictionary.take(np.flatnonzero(occurs)) for dictionary in (ids, texts))
-        encoded = [
-            pa.DictionaryArray.from_arrays(pa.array(index), dictionary)
-            for index, dictionary in ((queries, topics), (documents, ids), (documents, texts))
-        ]
-        columns = [*encoded, pa.array(gold), pa.array(scores), pa.array(teacher, mask=np.isnan(teacher))]
-        table = pa.Table.from_arrays(columns, schema=RAW_SCHEMA)
-        self._file.write_table(table, row_group_size=len(table))
 
 
 def comparison_table(means: dict[str, dict[str, float]], metrics: Sequence[str]) -> str:

@@ -30,6 +30,7 @@ class DatasetFacts:
         name, task_type, instruction: as in :class:`RetrievalDataset`.
         queries, documents: how many.
         identity: stands for its content: the name of a known dataset, for a folder a hash over its files.
+        corpus: stands for the documents alone; empty where they are not here but in a vector store.
     """
 
     name: str
@@ -38,6 +39,7 @@ class DatasetFacts:
     queries: int
     documents: int
     identity: str
+    corpus: str
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class RetrievalDataset:
     """
 
     name: str
-    documents: list[str]
-    document_ids: list[str]
+    documents: Sequence[str]
+    document_ids: Sequence[str]
     queries: list[str]
     query_ids: list[str]
     relevance: csr_array
@@ -85,8 +87,12 @@ class RetrievalDataset:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits over everything that figures depend on: texts, ids, relevance and candidates."""
+        return self.fingerprint_with(self.documents, self.document_ids)
+
+    def fingerprint_with(self, documents: Sequence[str], document_ids: Sequence[str]) -> str:
+        """The fingerprint with other texts in the documents' place."""
         digest = hashlib.blake2b(digest_size=8)
-        for texts in (self.queries, self.query_ids, self.documents, self.document_ids):
+        for texts in (self.queries, self.query_ids, documents, document_ids):
             digest.update(f"{len(texts)}\n".encode())
             for start in range(0, len(texts), 4096):
                 digest.update(json.dumps(texts[start : start + 4096]).encode())

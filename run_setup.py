@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cache_utils import slug
-from dataset_loaders import check_dataset_name
+from dataset_loaders import check_dataset_name, dataset_facts, load_dataset
 from embedders import TextEmbedder, check_remote_code, embedding_setup
 from errors import UserError, check_writable, is_folder, problems_of
 from experiment_config import ExperimentConfig, short_hash
 from hyde import HydeWriter, check_hyde, find_hyde_writer, hyde_setup
-from instruction_templates import FilledTexts, templates_for
+from instruction_templates import FilledTexts, fill_templates, templates_for
 from model_loading import check_model_name, find_model, name_identity
 from rerankers import Reranker, check_reranker, find_reranker, teacher_setup
 from results import read_json, variant_files
 from retrieval_dataset import DatasetFacts, RetrievalDataset
+
+if TYPE_CHECKING:
+    from store_corpus import StoreCorpus
+    from vector_store import VectorStore
 
 # Flags of which the hash takes what they stand for.
 RESOLVED_FLAGS = (
@@ -49,6 +55,7 @@ class Run:
     Attributes:
         reranker: the teacher; None where no variant is refined.
         hyde: writes hypothetical documents; None where no variant starts from them.
+        stored: the corpus in its vector store; None where every candidate is ranked.
     """
 
     config: ExperimentConfig
@@ -57,6 +64,7 @@ class Run:
     embedder: TextEmbedder
     reranker: Reranker | None
     hyde: HydeWriter | None
+    stored: StoreCorpus | None = None
 
     @property
     def teacher(self) -> dict[str, Any]:
@@ -69,7 +77,7 @@ class Run:
 # The flags whose values are looked at by check_run.
 CHECKED_FLAGS = (
     *("dataset", "embedding_model", "trust_remote_code", "reranker_model", "optimize_with_gold", "hyde_model"),
-    *("computation_types", "cache_dir", "output_dir"),
+    *("computation_types", "cache_dir", "output_dir", "vector_store"),
 )
 
 
@@ -79,7 +87,7 @@ def check_run(config: ExperimentConfig) -> None:
     Raises:
         UserError: naming the flags or the environment variables, one line each.
     """
-    of_config = (check_embedder, check_cache, check_reranker, check_hyde, check_output)
+    of_config = (check_embedder, check_cache, check_reranker, check_hyde, check_output, check_vector_store)
     checks = [partial(check_dataset_name, config.dataset), *(partial(check, config) for check in of_config)]
     if problems := problems_of(checks):
         raise UserError("\n".join(problems))
@@ -114,17 +122,84 @@ def check_output(config: ExperimentConfig) -> None:
     check_writable("--output_dir", Path(config.output_dir))
 
 
+def check_vector_store(config: ExperimentConfig) -> None:
+    """Check the store that the corpus is to be searched in.
+
+    Raises:
+        UserError: there is none, or this run cannot be one over a store.
+    """
+    if config.vector_store:
+        from store_corpus import check_store_run
+        from vector_store import check_store
+
+        check_store_run(config)
+        check_store(config.vector_store)
+
+
+def open_store(config: ExperimentConfig) -> AbstractContextManager[VectorStore | None]:
+    """The vector store that the flags name, to be closed; None where there is none.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    if config.vector_store is None:
+        return nullcontext()
+    from vector_store import VectorStore
+
+    return VectorStore(config.vector_store)
+
+
+def load_data(
+    config: ExperimentConfig, prompts: dict[str, Any], embedder: TextEmbedder, store: VectorStore | None
+) -> tuple[RetrievalDataset, FilledTexts, StoreCorpus | None]:
+    """The dataset, its texts as they are embedded, and its corpus in the store, if it is searched there.
+
+    Raises:
+        UserError: the data cannot be had, or is not as it should be; the store does not hold the corpus.
+    """
+    if store is None:
+        dataset = load_dataset(config.dataset, config.data_dir)
+        return dataset, fill_templates(templates_for(prompts, config.embedding_model, dataset), dataset), None
+    from store_corpus import StoreCorpus, load_stored_dataset
+    from vector_store import find_corpus
+
+    facts = dataset_facts(config.dataset, config.data_dir, needs_corpus=False)
+    templates = templates_for(prompts, config.embedding_model, facts)
+    corpus = find_corpus(store, embedder.setup, templates.document, facts.name)
+    if facts.corpus not in ("", corpus.corpus):
+        what = f"{store.spec} holds another version of {facts.name} than {config.dataset}"
+        raise UserError(f"--vector_store: {what}; embed_all_documents.py with this store fills it anew")
+    dataset = load_stored_dataset(config, store, corpus)
+    return (
+        dataset,
+        fill_templates(templates, dataset, with_documents=False),
+        StoreCorpus(store, corpus, dataset, config.search_depth),
+    )
+
+
 def prepare(
-    config: ExperimentConfig, device: str, prompts: dict[str, Any], dataset: RetrievalDataset, texts: FilledTexts
+    config: ExperimentConfig,
+    prompts: dict[str, Any],
+    embedder: TextEmbedder,
+    data: tuple[RetrievalDataset, FilledTexts, StoreCorpus | None],
 ) -> Run:
-    """Find what the flags name; nothing is loaded yet."""
+    """Find what the flags name; nothing is loaded yet.
+
+    Args:
+        config: the run's flags.
+        prompts: from :func:`instruction_templates.read_templates`.
+        embedder: from :func:`make_embedder`.
+        data: from :func:`load_data`.
+    """
+    dataset, texts, stored = data
     return Run(
         config,
         dataset,
         texts,
-        make_embedder(config, device),
-        find_reranker(config, device, prompts, dataset) if config.needs_teacher else None,
+        embedder,
+        find_reranker(config, embedder.device, prompts, dataset) if config.needs_teacher else None,
         find_hyde_writer(config, prompts, dataset) if config.needs_hyde else None,
+        stored,
     )
 
 
@@ -200,10 +275,21 @@ def is_done(config: ExperimentConfig, digest: str, folder: Path) -> bool:
         lacks_tensors = config.save_tensors and not flags["save_tensors"]
         lacks_scores = missing and config.max_failed_scores < flags["max_failed_scores"]
         lacks_figures = not set(config.variants) <= set(means)
+        lacks_rows = rows_of(config.raw_scores, config.raw_scores_depth) > rows_of(
+            flags.get("raw_scores", "all"), flags.get("raw_scores_depth")
+        )
     except (KeyError, TypeError):  # none that this program wrote
         return False
-    files = (folder / name for variant in config.variants for name in variant_files(variant)[:2])
-    return not (lacks_tensors or lacks_scores or lacks_figures) and all(path.is_file() for path in files)
+    kinds = 1 if config.raw_scores == "none" else 2
+    files = (folder / name for variant in config.variants for name in variant_files(variant)[:kinds])
+    return not (lacks_tensors or lacks_scores or lacks_figures or lacks_rows) and all(path.is_file() for path in files)
+
+
+def rows_of(raw_scores: str, depth: int | None) -> float:
+    """How many candidates of a query have a raw score, to be compared: none and scored are less than any number."""
+    if raw_scores == "all":
+        return math.inf if depth is None else depth
+    return {"none": -1.0, "scored": 0.0}[raw_scores]
 
 
 def run_name(config: ExperimentConfig, dataset: DatasetFacts, *more: str) -> str:

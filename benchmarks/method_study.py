@@ -42,8 +42,9 @@ from embedding_adaptation import refine_in_rounds  # noqa: E402
 from experiment_config import build_config  # noqa: E402
 from feedback import scored_documents  # noqa: E402
 from instruction_templates import fill_templates, read_templates, templates_for  # noqa: E402
-from ranking import Measures, put_scored_first, score_blocks, unit_length  # noqa: E402
-from run_setup import prepare  # noqa: E402
+from mapped_vectors import unit_length  # noqa: E402
+from ranking import ExactCorpus  # noqa: E402
+from run_setup import make_embedder, prepare  # noqa: E402
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 CHOSEN_ON = "Clinc150"
@@ -118,33 +119,31 @@ Figures = dict[str, float]
 
 @cache
 def loaded(dataset: str, data_dir: str, cache_dir: str) -> tuple[Any, ...]:
-    """What all settings share: dataset, filled templates, prompts, vectors of queries and documents."""
+    """What all settings share: dataset, filled templates, prompts, vectors of queries, and corpus."""
     config = build_config({"embedding_model": MODEL, "optimize_with_gold": "True", "cache_dir": cache_dir})
     data, prompts = load_dataset(dataset, data_dir), read_templates(config.instruction_templates)
     texts = fill_templates(templates_for(prompts, MODEL, data), data)
-    embedder = prepare(config, "cpu", prompts, data, texts).embedder
-    documents = unit_length(embedder.embed(texts.documents, "document"))
-    return data, texts, prompts, embedder.embed(texts.queries, "query"), documents
+    embedder = make_embedder(config, "cpu")
+    corpus = ExactCorpus(unit_length(embedder.embed(texts.documents, "document")), data)
+    return data, texts, prompts, embedder.embed(texts.queries, "query"), corpus
 
 
 def measure(dataset: str, data_dir: str, cache_dir: str, settings: Settings) -> dict[str, Figures]:
     """The means of the refined queries for one setting; with the paper's method also of the controls."""
-    data, texts, prompts, queries, documents = loaded(dataset, data_dir, cache_dir)
+    data, texts, prompts, queries, corpus = loaded(dataset, data_dir, cache_dir)
     given = {"embedding_model": MODEL, "reranker_model": "gold-noisy", "cache_dir": cache_dir, **settings}
-    this = prepare(build_config({name: str(v) for name, v in given.items()}), "cpu", prompts, data, texts)
-    starts, refinements = refine_in_rounds(this, {"embeddings": queries}, documents, {})
+    config = build_config({name: str(v) for name, v in given.items()})
+    this = prepare(config, prompts, make_embedder(config, "cpu"), (data, texts, None))
+    starts, refinements = refine_in_rounds(this, {"embeddings": queries}, corpus, {})
     start, scored = starts["embeddings"], scored_documents(starts.values(), data)
     found = {}
     variants = {"refined": refinements["embeddings"].vectors.numpy()}
     if this.config.refinement_method == PAPER["refinement_method"]:
         variants |= {"original": queries, "reranked": queries}
     for variant, vectors in variants.items():
-        measures = Measures(data, scored)
-        for rows, scores in score_blocks(vectors, documents, data.repeats):
-            if variant == "reranked":
-                put_scored_first(scores, start.sampled[rows], start.teacher_scores[rows])
-            measures.add(rows, scores)
-        found[variant] = {name: float(np.nanmean(measures.result()[name])) for name in METRICS}
+        first = (start.sampled, start.teacher_scores) if variant == "reranked" else None
+        measured = corpus.measure(vectors, scored, first)
+        found[variant] = {name: float(np.nanmean(measured[name])) for name in METRICS}
     return found
 
 

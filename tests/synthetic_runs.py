@@ -135,7 +135,7 @@ def _raw(run, variant, data, random, separation, gold):
             truth = np.take_along_axis(relevant, sampled, axis=1).astype(np.float32)
             teacher = truth if gold else np.clip(0.2 + 0.6 * truth + 0.2 * random.standard_normal(truth.shape), 0, 1)
             measures.add(rows, scores)
-            writer.write(rows, scores, sampled, teacher.astype(np.float32))
+            writer.write(rows, None, scores, sampled, teacher.astype(np.float32))
     return measures.result()
 
 

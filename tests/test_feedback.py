@@ -24,8 +24,9 @@ from feedback import (
     share,
 )
 from free_rerankers import BM25Reranker, GoldReranker, NoisyGoldReranker
+from mapped_vectors import unit_length
 from metrics import P_MRR, RESIDUAL_METRICS, query_metrics
-from ranking import Measures, measure_queries, put_scored_first, sample_documents, unit_length
+from ranking import ExactCorpus, Measures, put_scored_first, sample_documents
 
 
 def flags(**given):
@@ -62,7 +63,7 @@ def test_rounds_of_an_unmoved_query_see_its_ranking_and_no_document_twice(tmp_pa
     config = flags(total_scores=total, scores_from_top=top, feedback_rounds=rounds)
     starts = {"embeddings": Start.unscored(queries)}
     for number in range(rounds):
-        samples = next_documents({"embeddings": queries}, starts, documents, dataset, config, number)
+        samples = next_documents({"embeddings": queries}, starts, ExactCorpus(documents, dataset), config, number)
         scores = ask_teacher(GoldReranker(), dataset, samples)
         starts["embeddings"] = starts["embeddings"].with_scores(samples["embeddings"], scores["embeddings"])
     whole = sample_documents(queries, documents, dataset, lambda n: np.arange(min(n, total)))
@@ -86,7 +87,7 @@ def test_parameters_that_lead_nowhere_are_told(tmp_path):
     config = flags(refinement_method="rocchio", prf_weight=0.3)
     config = dataclasses.replace(config, prf_weight=1e39)
     with pytest.raises(UserError, match=r"--rocchio_alpha, --prf_weight: refined queries are not finite numbers"):
-        refine(start, documents, dataset, config, "cpu", bounded=True, corpus=None, trajectory=False)
+        refine(start, ExactCorpus(documents, dataset), config, "cpu", bounded=True, statistics=None, trajectory=False)
 
 
 def test_scores_that_are_no_shares_are_scaled_for_a_ridge(tmp_path):
@@ -96,8 +97,8 @@ def test_scores_that_are_no_shares_are_scaled_for_a_ridge(tmp_path):
 
     def moved(scores, bounded, method="ridge"):
         start = Start(queries, sampled, scores.astype(np.float32))
-        settings = {"bounded": bounded, "corpus": None, "trajectory": False}
-        return refine(start, documents, dataset, flags(refinement_method=method), "cpu", **settings).vectors.numpy()
+        settings = {"bounded": bounded, "statistics": None, "trajectory": False}
+        return refine(start, ExactCorpus(documents, dataset), flags(refinement_method=method), "cpu", **settings).vectors.numpy()
 
     logits = 9 * shares - 4
     assert np.array_equal(moved(shares, None), moved(shares, True))
@@ -149,7 +150,7 @@ def test_residual_metrics_of_the_control_are_those_of_the_original(tmp_path, wit
     sampled = sample_documents(queries, documents, dataset, lambda n: np.arange(min(n, 15)))
     start = Start(queries, sampled, NoisyGoldReranker(0.3, 0.2, 0).score(dataset, sampled))
     scored = scored_documents([start], dataset)
-    original = measure_queries(queries, documents, dataset, scored)
+    original = ExactCorpus(documents, dataset).measure(queries, scored)
     measures = Measures(dataset, scored)
     block = unit_length(queries.copy()) @ documents.T
     put_scored_first(block, start.sampled, start.teacher_scores)
@@ -157,7 +158,7 @@ def test_residual_metrics_of_the_control_are_those_of_the_original(tmp_path, wit
     for name in RESIDUAL_METRICS:
         assert np.array_equal(measures.result()[name], original[name], equal_nan=True)
     assert not np.array_equal(measures.result()["map"], original["map"], equal_nan=True)
-    assert np.isnan(measure_queries(queries, documents, dataset)["residual_map"]).all()  # without a teacher
+    assert np.isnan(ExactCorpus(documents, dataset).measure(queries)["residual_map"]).all()  # without a teacher
 
 
 def test_documents_without_a_score_are_not_taken_out(tmp_path):
@@ -189,7 +190,7 @@ def test_p_mrr_of_pairs_of_queries(tmp_path):
 
 def test_a_dataset_without_pairs_has_no_p_mrr(tmp_path):
     dataset, queries, documents = random_dataset(tmp_path)
-    assert P_MRR not in measure_queries(queries, documents, dataset)
+    assert P_MRR not in ExactCorpus(documents, dataset).measure(queries)
 
 
 # --- Where a gated query starts ---
@@ -207,8 +208,8 @@ def test_a_gated_query_starts_from_what_goes_along_with_the_teacher():
     said[3] = math.nan
     said[3, 4] = 1.0
     said[0, 5:9] = math.nan
-    assert choose_start(original, hyde, documents, sampled, said).tolist() == [True, False, False, False]
-    assert not choose_start(original, original, documents, sampled, said).any()
+    assert choose_start(original, hyde, ExactCorpus(documents, None), sampled, said).tolist() == [True, False, False, False]
+    assert not choose_start(original, original, ExactCorpus(documents, None), sampled, said).any()
 
 
 # --- Teachers ---
@@ -282,7 +283,7 @@ def test_metrics_of_scored_documents_are_those_of_the_candidates(tmp_path):
     dataset, queries, documents = random_dataset(tmp_path, with_candidates=True)
     sampled = sample_documents(queries, documents, dataset, lambda n: np.arange(min(n, 4)))
     scored = scored_documents([Start(queries, sampled, np.where(sampled >= 0, 1.0, np.nan))], dataset)
-    found = measure_queries(queries, documents, dataset, scored)
+    found = ExactCorpus(documents, dataset).measure(queries, scored)
     query = 0
     candidates = dataset.candidates.indices[: dataset.candidates.indptr[1]]
     own = unit_length(queries.copy())[query] @ documents[candidates].T

@@ -8,7 +8,17 @@ import pytest
 from ir_measures import AP, RR, P, R, Success, nDCG
 from sklearn.metrics import roc_auc_score
 
-from metrics import CUTOFFS, METRICS, RESIDUAL_METRICS, mean_metrics, p_mrr, query_metrics, top_documents
+from metrics import (
+    CUTOFFS,
+    METRICS,
+    RESIDUAL_METRICS,
+    cut_metric_names,
+    cut_metrics,
+    mean_metrics,
+    p_mrr,
+    query_metrics,
+    top_documents,
+)
 
 MEASURES = {
     "map": AP,
@@ -44,6 +54,33 @@ def test_agree_with_ir_measures_and_scikit_learn(n, distinct, seed):
     labels = np.isin(np.arange(n), relevant)
     assert found["roc_auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-9)
     assert list(found) == list(METRICS)
+
+
+@pytest.mark.parametrize("depth", [1, 7, 20, 50, 200])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_cut_ranking_agrees_with_ir_measures(depth, seed):
+    rng = np.random.default_rng(seed)
+    order, relevant = rng.permutation(200), rng.choice(200, 30, replace=False)
+    ranks = np.flatnonzero(np.isin(order[:depth], relevant))
+    found = cut_metrics(ranks, len(relevant), depth)
+    run = {"q": {f"d{document}": float(-rank) for rank, document in enumerate(order[:depth])}}
+    qrels = {"q": {f"d{document}": 1 for document in relevant}}
+    expected = {f"map_at_{depth}": AP @ depth, f"ndcg_at_{depth}": nDCG @ depth, f"mrr_at_{depth}": RR @ depth}
+    cutoffs = [k for k in CUTOFFS if k < depth] + [depth]
+    expected |= {f"{name}_at_{k}": measure @ k for name, measure in (("precision", P), ("recall", R), ("match", Success)) for k in cutoffs}
+    figures = ir_measures.calc_aggregate(list(expected.values()), qrels, run)
+    for name, measure in expected.items():
+        assert found[name] == pytest.approx(figures[measure], abs=1e-9), name
+    assert list(found) == list(cut_metric_names(depth))
+    assert all(math.isnan(value) for value in cut_metrics(ranks[:0], 0, depth).values())
+
+
+def test_residual_metrics_of_a_cut_ranking():
+    # relevant: ranks 0, 3 and 5, and two that were not found; ranks 0 and 1 are scored, and one of those not found
+    found = cut_metrics(np.array([0, 3, 5]), 5, 10, np.array([0, 1]), n_left=3)
+    assert found["residual_map_at_10"] == pytest.approx((1 / 2 + 2 / 4) / 3)
+    assert found["residual_recall_at_10"] == pytest.approx(2 / 3)
+    assert math.isnan(cut_metrics(np.array([0]), 1, 10, np.array([0]), n_left=0)["residual_map_at_10"])
 
 
 def test_without_relevant_documents_there_is_no_metric_and_no_part_in_the_mean():

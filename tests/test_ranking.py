@@ -6,10 +6,12 @@ import pytest
 from conftest import write_folder_dataset
 
 import ranking
+from cache_utils import VectorCache, text_keys
 from dataset_loaders import load_dataset
+from mapped_vectors import MappedVectors, document_vectors, unit_length
 from metrics import METRICS
-from ranking import Measures, sample_documents, sampled_ranks, score_blocks, unit_length
-from results import RawScoresWriter
+from ranking import ExactCorpus, Measures, sample_documents, sampled_ranks, score_blocks
+from raw_scores import RawScoresWriter
 from retrieval_dataset import pairs_to_matrix
 
 
@@ -41,7 +43,7 @@ def whole_ranking(dataset, queries, documents, path):
         for rows, scores in score_blocks(queries, documents, dataset.repeats):
             measures.add(rows, scores)
             n_blocks += 1
-            raw.write(rows, scores, sampled[rows], teacher[rows])
+            raw.write(rows, None, scores, sampled[rows], teacher[rows])
     return sampled, measures.result(), n_blocks
 
 
@@ -50,7 +52,8 @@ def test_block_by_block_is_as_in_one_piece(tmp_path, monkeypatch, with_candidate
     dataset, queries, documents = random_dataset(tmp_path / "data", with_candidates=with_candidates)
     sampled, metrics, n_blocks = whole_ranking(dataset, queries, documents, tmp_path / "whole.parquet")
     monkeypatch.setattr(ranking, "BLOCK_SCORES", 3 * len(documents))
-    monkeypatch.setattr("results.ROW_GROUP", 100)
+    monkeypatch.setattr(ranking, "MOST_BLOCK_SCORES", 0)
+    monkeypatch.setattr("raw_scores.ROW_GROUP", 100)
     in_blocks = whole_ranking(dataset, queries, documents, tmp_path / "blocks.parquet")
     assert (n_blocks, in_blocks[2]) == (1, 4)
     assert np.array_equal(in_blocks[0], sampled)
@@ -86,7 +89,7 @@ def test_a_query_without_candidates_is_left_out(tmp_path):
 
 
 def test_texts_are_stored_once_a_row_group_and_only_where_they_occur(tmp_path, monkeypatch):
-    monkeypatch.setattr("results.ROW_GROUP", 30)
+    monkeypatch.setattr("raw_scores.ROW_GROUP", 30)
     rng = np.random.default_rng(0)
     documents = {f"d{i}": rng.bytes(1000).hex() for i in range(300)}
     queries = {f"q{j}": f"query {j}" for j in range(30)}
@@ -112,6 +115,62 @@ def test_equal_documents_get_the_very_same_score(tmp_path):
     for _, scores in score_blocks(queries, vectors, dataset.repeats):
         assert np.array_equal(scores[:, 500:1000], scores[:, :500])
         assert np.array_equal(scores[:, 1000:], scores[:, :3])
+
+
+@pytest.mark.parametrize("with_candidates", [False, True])
+def test_mapped_vectors_rank_as_those_in_memory(tmp_path, monkeypatch, with_candidates):
+    dataset, queries, vectors = random_dataset(tmp_path / "data", with_candidates=with_candidates)
+    monkeypatch.setattr(ranking, "MOST_BLOCK_SCORES", 4 * len(vectors))
+    monkeypatch.setattr(ranking, "BLOCK_SCORES", 1)
+    rng = np.random.default_rng(5)
+    lengths = rng.uniform(0.5, 3, (len(vectors), 1)).astype(np.float32)
+    lengths[7] = 0  # a text without a direction
+    keys = text_keys(dataset.documents, "document")
+    cache = VectorCache(tmp_path / "cache", {"model": "m"})
+    for part in np.array_split(rng.permutation(len(vectors)), 7):  # shards in any order, with others' vectors among them
+        mixed = np.concatenate([keys[part], text_keys([f"other {i}" for i in part[::2]], "document")])
+        order = rng.permutation(len(mixed)) if part[0] % 2 else np.arange(len(mixed))
+        own = np.concatenate([(vectors * lengths)[part], rng.standard_normal((len(mixed) - len(part), 24)).astype(np.float32)])
+        cache.add(mixed[order], own[order])
+    in_memory = document_vectors(cache, keys)
+    monkeypatch.setattr("mapped_vectors.MOST_IN_MEMORY", 0)
+    mapped = document_vectors(cache, keys)
+    assert isinstance(in_memory, np.ndarray) and isinstance(mapped, MappedVectors)
+    some = rng.integers(0, len(vectors), (3, 4, 2))
+    assert np.allclose(mapped[some], in_memory[some], atol=1e-6)
+    assert mapped.shape == in_memory.shape == (len(mapped), 24)
+    corpora = [ExactCorpus(documents, dataset) for documents in (in_memory, mapped)]
+    samples = [corpus.sample(queries, lambda n: sampled_ranks(n, 12, 5, 42)) for corpus in corpora]
+    assert np.array_equal(*samples)
+    assert np.allclose(*(corpus.spread(20) for corpus in corpora), atol=1e-6)
+    whole, pieces = (corpus.measure(queries, scored_csr(dataset, samples[0])) for corpus in corpora)
+    for name in METRICS:
+        assert np.allclose(whole[name], pieces[name], equal_nan=True), name
+    with pytest.raises(KeyError, match="1 of 91 vectors"):
+        document_vectors(cache, np.concatenate([keys, text_keys(["nobody"], "document")]))
+
+
+@pytest.mark.parametrize("with_candidates", [False, True])
+def test_raw_scores_may_be_limited(tmp_path, with_candidates):
+    dataset, queries, documents = random_dataset(tmp_path / "data", with_candidates=with_candidates)
+    corpus = ExactCorpus(documents, dataset)
+    sampled = corpus.sample(queries, lambda n: sampled_ranks(n, 12, 5, 42))
+    teacher = np.where(sampled >= 0, sampled * 0.5, np.nan).astype(np.float32)
+    teacher[:, 3] = np.nan  # shown, and not scored
+    tables = {}
+    for which, depth in (("all", None), ("all", 8), ("all", 1000), ("scored", None)):
+        path = tmp_path / f"{which}{depth}.parquet"
+        with RawScoresWriter(path, dataset, which, depth) as raw:
+            corpus.measure(queries, keep=lambda rows, found, scores, raw=raw: raw.write(rows, found, scores, sampled[rows], teacher[rows]))
+        table = pq.read_table(path).to_pandas()
+        tables[which, depth] = table.astype({name: str for name in ("topic", "document_id", "document")})
+    whole = tables["all", None]
+    assert tables["all", 1000].equals(whole)
+    seen = {(dataset.topics[query], dataset.document_ids[document]) for query, row in enumerate(sampled) for document in row if document >= 0}
+    is_seen = np.array([pair in seen for pair in zip(whole.topic, whole.document_id, strict=True)])
+    assert tables["scored", None].equals(whole[is_seen].reset_index(drop=True))
+    first = whole.groupby("topic").score.rank(ascending=False, method="first") <= 8
+    assert tables["all", 8].equals(whole[is_seen | first].reset_index(drop=True))
 
 
 def test_ranks_the_teacher_sees():
