@@ -66,8 +66,8 @@ class SlotFlags:
     )
     ray_address: str | None = flag(
         None,
-        "with --executor ray, a running cluster: host:port or ray://host:port; left out: RAY_ADDRESS, else a cluster "
-        "that runs on this machine, else one is started here for this command",
+        "with --executor ray, a running cluster: host:port or ray://host:port; local = one that is started here for "
+        "this command; left out: RAY_ADDRESS, else a cluster that runs on this machine, else local",
         NOT_EMPTY,
     )
 

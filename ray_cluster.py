@@ -88,7 +88,7 @@ def joined(address: str | None) -> Iterator[Any]:
         ray.init(
             address=address,
             runtime_env={"working_dir": folder},
-            include_dashboard=None if address else False,
+            include_dashboard=None if (address or "").startswith("ray://") else False,  # where one is started here
             log_to_driver=False,
             logging_level="ERROR",
         )

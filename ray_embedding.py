@@ -9,6 +9,7 @@ cache and are never done again. A worker that sees the cache stores its vectors 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -261,7 +262,8 @@ class Workers:
         self._cache = embedder.cache
         self._workers: list[_Worker] = []
         self._again: collections.deque[Piece] = collections.deque()
-        self._vain_starts, self._is_waiting = 0, False
+        self._vain_starts: collections.Counter[str] = collections.Counter()  # by node
+        self._is_waiting = False
         self.dimension: int | None = None
         self.processes: dict[str, list[int]] = {}
 
@@ -269,8 +271,9 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
-            self._ray.kill(worker.actor)
+        with contextlib.suppress(self._ray.exceptions.RayError):  # the cluster may be gone
+            for worker in self._workers:
+                self._ray.kill(worker.actor)
         self._workers.clear()
 
     def embed(self, pieces: Iterator[Piece], keep: Callable[[Piece, np.ndarray | None], None]) -> None:
@@ -304,7 +307,7 @@ class Workers:
         places = self._places.all(self._uses_gpu)[: self._places.parallel]
         taken = [worker.place for worker in self._workers]
         for place in places:
-            if place not in taken:
+            if place not in taken and self._vain_starts[place.node] < MOST_LOSSES:
                 actor = self._ray.remote(EmbeddingWorker).options(max_restarts=0, **place.options()).remote()
                 node = name_of_node(self._ray, place.node)
                 self._workers.append(_Worker(actor, place, node, actor.prepare.remote(*self._needs)))
@@ -340,7 +343,7 @@ class Workers:
                 keep(worker.given.pop(reference), answer)
                 return
             process, self.dimension, stores = answer
-            worker.preparing, self._vain_starts = None, 0
+            worker.preparing, self._vain_starts[worker.place.node] = None, 0
             self.processes.setdefault(worker.node, []).append(process)
             where = "stores its vectors" if stores else "does not see the cache, its vectors travel here"
             logger.info("node %s, process %d: ready, %s", worker.node, process, where)
@@ -359,9 +362,12 @@ class Workers:
                 left.append(piece)
         logger.warning("node %s: lost a worker (%s); %d pieces go to others", worker.node, reason, len(left))
         if worker.preparing is not None:
-            self._vain_starts += 1
-        if self._vain_starts >= MOST_LOSSES:
-            raise RunError(f"{MOST_LOSSES} workers could not start, the last on node {worker.node}: {reason}")
+            self._vain_starts[worker.place.node] += 1
+        if self._vain_starts[worker.place.node] >= MOST_LOSSES:
+            logger.warning("node %s: no more workers, as none can start there", worker.node)
+            others = {place.node for place in self._places.all(self._uses_gpu)} - {worker.place.node}
+            if not self._workers and all(self._vain_starts[node] >= MOST_LOSSES for node in others):
+                raise RunError(f"no worker can start; on node {worker.node}: {reason} (finished texts are kept)")
         if left:
             left[0].losses += 1
             if left[0].losses >= MOST_LOSSES:

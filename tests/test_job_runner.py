@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from devices import SlotFlags, Slots, find_slots, visible_gpus
 from errors import FolderBusy, UserError
-from job_runner import Beginning, Entry, Job, JobRunner
+from job_runner import Beginning, End, Entry, Job, JobRunner
 from local_processes import LocalProcesses
 
 # A job that writes when it ran and what it saw, as one line of JSON.
@@ -175,6 +175,29 @@ def test_what_was_tried_counts_when_the_work_is_stopped_before_the_next_try(tmp_
     jobs = [job("dies", "print('first'); raise SystemExit(3)"), job("bad", "raise SystemExit(1)")]
     outcomes, _ = run(tmp_path, jobs, retries=2, continue_on_error=False)
     assert (outcomes["dies"].state, outcomes["dies"].tries, outcomes["dies"].reason) == ("failed", 1, "first")
+
+
+class Losing(LocalProcesses):
+    """Says of the first processes that they were lost, as a cluster does of those on a node that is gone."""
+
+    losses = 0
+
+    def start(self, job, beginning, place, tries, ended):
+        self.losses -= 1
+        lost = self.losses >= 0
+        return super().start(
+            job, beginning, place, tries, lambda end: ended(End(130, "lost: gone", end.log, lost=True) if lost else end)
+        )
+
+
+@pytest.mark.parametrize(("losses", "state"), [(2, "completed"), (3, "failed")])
+def test_what_is_lost_uses_up_no_try_but_not_for_ever(tmp_path, losses, state):
+    with Losing(ONE) as executor:
+        executor.losses = losses
+        begin = lambda job: Beginning((tmp_path / f"{job.name}.log",))  # noqa: E731
+        outcome = JobRunner([one := job("x", "print('said')")], executor, begin, lambda job, _: job.name).run()[one]
+    assert (outcome.state, outcome.tries) == (state, 3)
+    assert outcome.reason == ("" if state == "completed" else "lost: gone")
 
 
 def test_the_log_holds_all_tries(tmp_path):

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,15 +16,16 @@ from test_job_runner import is_alive, wait_until_gone
 
 import embedders
 import ray_embedding
-from cache_utils import VectorCache
+from cache_utils import VectorCache, text_keys
 from dataset_loaders import corpus_stretches, load_dataset
 from devices import SlotFlags
 from embedders import TextEmbedder
-from errors import UserError
+from errors import RunError, UserError
 from experiment_config import build_config
 from instruction_templates import fill_templates, read_templates, templates_for
 from job_runner import Beginning, Job, JobRunner
-from ray_cluster import joined
+from ray_cluster import NodePlace, joined
+from ray_embedding import Piece
 from ray_executor import RayTasks, with_absolute_paths
 from run_setup import make_embedder
 
@@ -195,7 +197,7 @@ def test_what_is_lost_is_started_again_and_nothing_else(cluster, monkeypatch, tm
         cluster.remove_node(third)
 
     with joined(cluster.address) as module:
-        outcomes, _ = run_jobs(module, tmp_path, dict(a=3, b=3, c=3, d=0), harm)
+        outcomes, _ = run_jobs(module, tmp_path, dict(a=2, b=2, c=2, d=0), harm)
     assert {outcome.state for outcome in outcomes.values()} == {"completed"}
     assert len(starts(tmp_path, "a")) == outcomes["a"].tries == 2
     assert sum(len(starts(tmp_path, name)) for name in "abcd") in (5, 6)  # the removed node may have held the first again
@@ -303,6 +305,38 @@ def test_a_node_with_another_model_is_told_in_a_line(member, corpus, monkeypatch
     with pytest.raises(UserError, match=r"is another model there.*identity") as caught:
         ray_embedding.embed_dataset(member, corpus, SlotFlags(parallel=1))
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def idle_workers(corpus):
+    """Workers of a cluster that is none, and a place there; losing them needs no Ray."""
+    nothing = SimpleNamespace(kill=lambda actor: None, nodes=list, exceptions=None)
+    workers = ray_embedding.Workers(nothing, corpus, SlotFlags(), make_embedder(corpus, "cpu"), "probe")
+    return workers, NodePlace("id", 0, 1, 0)
+
+
+def lose(workers, place, preparing=None, given=()):
+    worker = ray_embedding._Worker(None, place, "somewhere", preparing, dict(enumerate(given)))
+    workers._workers.append(worker)
+    workers._lose(worker, lambda *_: None, "killed")
+
+
+def test_a_piece_that_has_lost_three_workers_is_an_error_and_who_waits_behind_it_is_not_to_blame(idle_workers):
+    workers, place = idle_workers
+    guilty, innocent = (Piece(text_keys([name], "document"), [name], "document") for name in ("guilty", "innocent"))
+    for _ in range(2):
+        lose(workers, place, given=[guilty, innocent])
+    with pytest.raises(RunError, match=r"a piece of 1 document texts, the first 'guilty'.*3 workers.*somewhere: killed.*kept"):
+        lose(workers, place, given=[guilty, innocent])
+    assert (guilty.losses, innocent.losses) == (3, 0)
+
+
+def test_where_no_worker_can_start_there_is_an_error(idle_workers):
+    workers, place = idle_workers
+    for _ in range(2):
+        lose(workers, place, preparing="preparation")
+    with pytest.raises(RunError, match="no worker can start; on node somewhere: killed"):
+        lose(workers, place, preparing="preparation")
 
 
 def test_stretches_are_the_corpus(small_folder):
