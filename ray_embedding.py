@@ -200,6 +200,7 @@ class EmbeddingWorker:
             UserError: the model cannot be had here, or is another one.
         """
         apply_settings(settings, os.environ)  # before torch is imported, which reads some of them
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as local_processes.py has it: others may be on the node
         self._embedder = make_embedder(config, choose_device(config.device))
         setup = self._embedder.setup
         if other := [name for name, value in expected.items() if setup.get(name) != value]:
