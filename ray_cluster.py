@@ -30,10 +30,10 @@ SECONDS_FOR_AN_ANSWER = 10.0  # of the cluster's address; Ray itself would wait 
 SECONDS_BETWEEN_COUNTS = 1.0
 SECONDS_OF_REST = 2.0  # of a node that lost something: the cluster may not know yet that the node itself is gone
 MOST_PROBE_SECONDS = 120.0
+KINDS_OF_RERANKER = ("CrossEncoder", "CausalLM")  # may stand before a folder
 # Ray sets the first in its workers; the number of threads may show in the last bits of a figure.
 THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
-KINDS_OF_RERANKER = ("CrossEncoder", "CausalLM")  # may stand before a folder
-MODEL_SETTINGS = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
+MORE_SETTINGS = ("HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "MILVUS_TOKEN")
 
 
 def import_ray() -> Any:
@@ -79,7 +79,8 @@ def joined(address: str | None) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    where = f"--ray_address: {address or os.environ.get('RAY_ADDRESS') or 'a cluster on this machine'}"
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    where = f"--ray_address: {address or 'a cluster on this machine'}"
     _check_answers(address, where)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     folder = tempfile.mkdtemp(prefix="scripts-")
@@ -267,8 +268,8 @@ def settings_for_nodes() -> dict[str, str | None]:
     Keys are among them: they travel as arguments, and stand in no description that the cluster shows.
     """
     threads = {name: os.environ.get(name) for name in THREAD_SETTINGS}
-    models = {name: os.environ[name] for name in MODEL_SETTINGS if name in os.environ}
-    return threads | models | service_settings()
+    more = {name: os.environ[name] for name in MORE_SETTINGS if name in os.environ}
+    return threads | more | service_settings()
 
 
 def apply_settings(settings: Mapping[str, str | None], environment: Any) -> None:
