@@ -73,11 +73,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--queries", type=int, default=150)
     parser.add_argument("--documents", type=int, default=20)
+    parser.add_argument("--dimensions", type=int, nargs="+", default=[384, 4096])
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     threads = torch.get_num_threads()
     print(f"{args.queries} queries x {args.documents} documents, {STEPS} steps, {threads} threads for the plain loops")
-    for dimension in (384, 4096):
+    for dimension in args.dimensions:
         torch.manual_seed(0)
         queries = torch.nn.functional.normalize(torch.randn(args.queries, dimension), dim=-1)
         documents = torch.randn(args.queries, args.documents, dimension) / dimension**0.5 + queries[:, None]

@@ -10,6 +10,7 @@ from errors import UserError
 from experiment_config import ExperimentConfig, build_config, fields, parse_arguments, shown_default
 from report import ReportFlags
 from run_experiments import GridFlags
+from search import SearchFlags
 
 
 def parse(*arguments):
@@ -111,7 +112,7 @@ def test_help_names_every_flag_with_its_default():
 def test_the_readme_lists_exactly_the_flags_there_are():
     rows = re.findall(r"^\| `--(\w+)` \| `?(.*?)`? \| (.*?) \|$", (ROOT / "README.md").read_text(), flags=re.M)
     found = {name: (default, meaning) for name, default, meaning in rows}
-    every = [*fields(), *fields(GridFlags), *fields(ReportFlags)]
+    every = [*fields(), *fields(GridFlags), *fields(ReportFlags), *fields(SearchFlags)]
     assert list(found) == [f.name for f in every]
     for field in every:
         assert found[field.name] == (shown_default(field), field.metadata["help"]), field.name
