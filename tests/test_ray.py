@@ -129,7 +129,6 @@ def contents(folder):
 @needs_ray
 def test_a_grid_gives_the_same_files_as_without_ray(cluster, small_folder, tiny_models, tmp_path):
     places = [f"--{name}_dir={tmp_path / name}" for name in ("output", "cache", "data")]
-    run_script(EMBED, "--dataset", small_folder, "--embedding_model", tiny_models["bert"], places[1])
     grid = ["--datasets", small_folder, "--embedding_models", tiny_models["bert"], "--optimize_with_gold", *places]
     grid += ["--lr", "1e-3", "1e-2", "--experiment_prefix=x"]
     run_script(GRID, *grid, "--parallel=2", cwd=tmp_path)
@@ -197,7 +196,7 @@ def test_what_is_lost_is_started_again_and_nothing_else(cluster, monkeypatch, tm
         cluster.remove_node(third)
 
     with joined(cluster.address) as module:
-        outcomes, _ = run_jobs(module, tmp_path, dict(a=2, b=2, c=2, d=0), harm)
+        outcomes, _ = run_jobs(module, tmp_path, dict(a=1.5, b=1.5, c=1.5, d=0), harm)
     assert {outcome.state for outcome in outcomes.values()} == {"completed"}
     assert len(starts(tmp_path, "a")) == outcomes["a"].tries == 2
     assert sum(len(starts(tmp_path, name)) for name in "abcd") in (5, 6)  # the removed node may have held the first again
