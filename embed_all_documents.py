@@ -37,6 +37,8 @@ from local_processes import LocalProcesses
 from ray_cluster import check_for_ray, joined
 from run_log import start_logging
 from run_setup import check_cache, check_embedder, make_embedder
+from store_filling import fill_store
+from vector_store import VectorStore, check_store
 
 AXES = ("dataset", "embedding_model")
 FLAGS = (
@@ -102,8 +104,6 @@ def check_all(configs: Sequence[ExperimentConfig], flags: SlotFlags) -> None:
     checks += [partial(check_dataset_name, dataset) for dataset in {config.dataset for config in configs}]
     checks += [partial(read_templates, path) for path in {config.instruction_templates for config in configs}]
     if store := configs[0].vector_store:
-        from vector_store import check_store
-
         checks.append(partial(check_store, store, must_exist=False))
     if flags.executor == "ray":
         checks.append(partial(check_for_ray, [config.device for config in configs]))
@@ -147,9 +147,6 @@ def embed(config: ExperimentConfig) -> None:
 
 def fill(configs: Sequence[ExperimentConfig]) -> None:
     """Put what is embedded into the vector store."""
-    from store_filling import fill_store
-    from vector_store import VectorStore
-
     start_logging()
     with VectorStore(configs[0].vector_store) as store:
         for config in configs:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -188,7 +189,7 @@ class _Preview:
                 cost.unknown[str(error)] = None
             cost.at_most += known
         if not first.is_groupwise:  # a pair is asked about once
-            cost.at_most = min(cost.at_most, first.dataset.queries * first.dataset.documents)
+            cost.at_most = min(cost.at_most, first.dataset.queries * _documents(first))
         return cost
 
     def _first_samples(self, members: Sequence[PlannedRun], start: str) -> list[np.ndarray]:
@@ -216,6 +217,8 @@ class _Preview:
 
     def _candidates(self, run: PlannedRun) -> list[int]:
         """How many candidates each query has, at most."""
+        if run.config.vector_store:
+            return [run.config.search_depth] * run.dataset.queries
         try:
             return self._dataset(run).candidate_counts().tolist()
         except _UnknownError:
@@ -227,6 +230,8 @@ class _Preview:
 
     def _sample(self, run: PlannedRun, start: str, configs: Sequence[ExperimentConfig]) -> np.ndarray:
         """The documents that runs like this one sample in their first round, with these flags; int64 [Q, K]."""
+        if run.config.vector_store:
+            raise _UnknownError("the vector store is not asked")
         ranks_of = partial(_ranks, configs)
         dataset, config = self._dataset(run), run.config
         texts = fill_templates(templates_for(self._prompts_of(run), config.embedding_model, dataset), dataset)
@@ -284,6 +289,11 @@ def _cached_passages(writer: HydeWriter, known: Run) -> list[list[str]]:
     if not known.embedder.cache.contains(text_keys(filled, "query")).all():
         raise _UnknownError("before embedding")
     return passages
+
+
+def _documents(run: PlannedRun) -> float:
+    """How many documents there may be."""
+    return math.inf if run.config.vector_store else run.dataset.documents
 
 
 def _starts(run: PlannedRun) -> set[str]:

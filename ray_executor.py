@@ -33,7 +33,7 @@ from ray_cluster import (
     scripts_digest,
     settings_for_nodes,
 )
-from run_setup import absolute_store
+from vector_store import absolute_store
 
 SECONDS_OF_A_TURN = 0.2
 PATH_FLAGS = ("output_dir", "cache_dir", "data_dir", "instruction_templates")

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cache_utils import slug
 from dataset_loaders import check_dataset_name, dataset_facts, load_dataset
@@ -20,10 +20,8 @@ from model_loading import check_model_name, find_model, name_identity
 from rerankers import Reranker, check_reranker, find_reranker, teacher_setup
 from results import read_json, variant_files
 from retrieval_dataset import DatasetFacts, RetrievalDataset
-
-if TYPE_CHECKING:
-    from store_corpus import StoreCorpus
-    from vector_store import VectorStore
+from store_corpus import StoreCorpus, check_store_run, load_stored_dataset
+from vector_store import VectorStore, absolute_store, check_store, find_corpus
 
 # Flags of which the hash takes what they stand for.
 RESOLVED_FLAGS = (
@@ -130,9 +128,6 @@ def check_vector_store(config: ExperimentConfig) -> None:
         UserError: there is none, or this run cannot be one over a store.
     """
     if config.vector_store:
-        from store_corpus import check_store_run
-        from vector_store import check_store
-
         check_store_run(config)
         check_store(config.vector_store)
 
@@ -143,11 +138,7 @@ def open_store(config: ExperimentConfig) -> AbstractContextManager[VectorStore |
     Raises:
         UserError: it cannot be opened.
     """
-    if config.vector_store is None:
-        return nullcontext()
-    from vector_store import VectorStore
-
-    return VectorStore(config.vector_store)
+    return VectorStore(config.vector_store) if config.vector_store else nullcontext()
 
 
 def load_data(
@@ -161,9 +152,6 @@ def load_data(
     if store is None:
         dataset = load_dataset(config.dataset, config.data_dir)
         return dataset, fill_templates(templates_for(prompts, config.embedding_model, dataset), dataset), None
-    from store_corpus import StoreCorpus, load_stored_dataset
-    from vector_store import find_corpus
-
     facts = dataset_facts(config.dataset, config.data_dir, needs_corpus=False)
     templates = templates_for(prompts, config.embedding_model, facts)
     corpus = find_corpus(store, embedder.setup, templates.document, facts.name)
@@ -260,12 +248,6 @@ def run_sources(config: ExperimentConfig, prompts: dict[str, Any], dataset: Data
         "teacher": teacher_setup(config, prompts, dataset),
         "hyde": hyde_setup(config, prompts, dataset),
     }
-
-
-def absolute_store(spec: str) -> str:
-    """A vector store as it is named from any folder."""
-    kind, _, place = spec.partition(":")
-    return spec if place.startswith(("http://", "https://")) else f"{kind}:{Path(place).absolute()}"
 
 
 def run_hash(config: ExperimentConfig, sources: dict[str, Any]) -> str:

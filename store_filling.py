@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from cache_utils import text_keys
 from dataset_loaders import corpus_stretches, dataset_facts
@@ -38,8 +39,9 @@ def fill_store(
     """
     facts = dataset_facts(config.dataset, config.data_dir)
     corpus = corpus_to_store(facts, embedder.setup, templates.document, facts.documents)
-    if corpus in store.corpora():
-        return corpus
+    for held in store.corpora():
+        if (held.collection, held.corpus) == (corpus.collection, corpus.corpus):
+            return held
     embedder.cache.refresh()
     if embedder.cache.dimension is None:
         raise RunError(f"--cache_dir: {embedder.cache.folder} holds no vectors of {facts.name}")
@@ -48,7 +50,8 @@ def fill_store(
         logger.info("%s has %d of %d documents already", corpus.collection, there, corpus.documents)
     with Progress(corpus.documents, "document", f"fill {corpus.collection}") as progress:
         progress.update(there)
-        cut = _insert(store, config, corpus, embedder, templates, there, progress)
+        count, cut = _insert(store, config, corpus, embedder, templates, there, progress)
+    corpus = replace(corpus, documents=count)  # what is known of a dataset that is not loaded may be of another copy
     if cut:
         logger.warning("%d texts are longer than the store holds, 65,535 bytes, and were cut there", cut)
     store.finish(corpus)
@@ -63,8 +66,8 @@ def _insert(
     templates: EmbeddingTemplates,
     there: int,
     progress: Progress,
-) -> int:
-    """Insert the documents from the one numbered ``there`` on; returns how many texts were cut."""
+) -> tuple[int, int]:
+    """Insert the documents from the one numbered ``there`` on; returns how many there are, and how many were cut."""
     first = cut = 0
     for ids, documents in corpus_stretches(config.dataset, config.data_dir):
         skipped = min(len(ids), max(0, there - first))
@@ -76,4 +79,4 @@ def _insert(
             raise RunError(f"--cache_dir: {error.args[0]}; embed_all_documents.py makes them") from None
         cut += store.insert(corpus, first, ids, documents, vectors, progress.update)
         first += len(ids)
-    return cut
+    return first, cut

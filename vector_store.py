@@ -92,12 +92,24 @@ def check_store(spec: str, must_exist: bool = True) -> None:
         UserError: Milvus is not installed, or the file is not there or cannot be written.
     """
     _pymilvus()
-    place = spec.partition(":")[2]
-    if place.startswith(("http://", "https://")):
+    file = file_of(spec)
+    if file is None:
         return
-    if must_exist and not Path(place).exists():
-        raise UserError(f"{FLAG}: {place} is not there; embed_all_documents.py {FLAG} {spec} fills it")
-    check_writable(FLAG, Path(place).parent)
+    if must_exist and not file.exists():
+        raise UserError(f"{FLAG}: {file} is not there; embed_all_documents.py {FLAG} {spec} fills it")
+    check_writable(FLAG, file.parent)
+
+
+def file_of(spec: str) -> Path | None:
+    """The file that a store is embedded in; None where it is at an address."""
+    place = spec.partition(":")[2]
+    return None if place.startswith(("http://", "https://")) else Path(place).expanduser()
+
+
+def absolute_store(spec: str) -> str:
+    """A store as it is named from any folder."""
+    file = file_of(spec)
+    return spec if file is None else f"{spec.partition(':')[0]}:{file.absolute()}"
 
 
 def _pymilvus() -> Any:
@@ -123,17 +135,17 @@ class VectorStore:
     def __init__(self, spec: str) -> None:
         pymilvus = _pymilvus()
         self.spec, self._types = spec, pymilvus.DataType
-        place = spec.partition(":")[2]
-        self._is_file = not place.startswith(("http://", "https://"))
-        arguments: dict[str, Any] = {"uri": place}
-        if self._is_file:
-            Path(place).parent.mkdir(parents=True, exist_ok=True)
+        file = file_of(spec)
+        self._is_file = file is not None
+        arguments: dict[str, Any] = {"uri": str(file) if file else spec.partition(":")[2]}
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
         elif token := os.environ.get("MILVUS_TOKEN"):
             arguments["token"] = token
         try:
             self._client = pymilvus.MilvusClient(**arguments, timeout=CONNECT_SECONDS)
         except pymilvus.MilvusException as error:
-            hint = "; is it open in another process?" if self._is_file else "; is the server there?"
+            hint = "; is it open in another process, or no store?" if self._is_file else "; is the server there?"
             raise UserError(f"{FLAG}: {spec} cannot be opened ({_reason(error)}){hint}") from None
         self._settings: dict[str, Callable[[int], dict[str, Any]]] = {}
 
@@ -192,9 +204,9 @@ class VectorStore:
             self._make_registry()
             if self._client.has_collection(name):
                 self._client.load_collection(name)
-                count = self.count(name)
-                if self._held_version(name) == corpus.corpus and count <= corpus.documents:
-                    return max(0, count - REQUEST_BYTES // (4 * dimension))  # the last request may have holes
+                if self._held_version(name) == corpus.corpus:
+                    last = REQUEST_BYTES // (4 * dimension)  # documents of the last request, which may have holes
+                    return max(0, self.count(name) - last)
                 logger.warning("%s holds another version of %s and is filled anew", name, corpus.dataset)
                 self._client.delete(REGISTRY, ids=[name])
                 self._client.drop_collection(name)

@@ -264,7 +264,7 @@ def test_stores_that_cannot_be_had(tmp_path, demo_store, minilm_cache):
     run = [RUN, "--dataset", "Demo", "--embedding_model", MINILM, "--optimize_with_gold", "--cache_dir", minilm_cache, "--output_dir", tmp_path]
     with VectorStore(demo_store):
         status, line = error_of([*run, "--vector_store", demo_store])
-    assert status == 2 and line.endswith("is it open in another process?")
+    assert status == 2 and line.endswith("is it open in another process, or no store?")
     assert not list(tmp_path.iterdir())
     status, line = error_of([SEARCH, "--vector_store", demo_store, "--embedding_model", MINILM, "--reranker_model", "bm25", "x"])
     assert status == 2 and "bm25 needs a whole dataset" in line
