@@ -129,6 +129,7 @@ def contents(folder):
 @needs_ray
 def test_a_grid_gives_the_same_files_as_without_ray(cluster, small_folder, tiny_models, tmp_path):
     places = [f"--{name}_dir={tmp_path / name}" for name in ("output", "cache", "data")]
+    run_script(EMBED, "--dataset", small_folder, "--embedding_model", tiny_models["bert"], places[1])  # summaries count it
     grid = ["--datasets", small_folder, "--embedding_models", tiny_models["bert"], "--optimize_with_gold", *places]
     grid += ["--lr", "1e-3", "1e-2", "--experiment_prefix=x"]
     run_script(GRID, *grid, "--parallel=2", cwd=tmp_path)
