@@ -93,6 +93,7 @@ def test_in_parallel_every_file_is_the_same_to_the_byte(small_folder, tiny_model
 
 
 def test_every_flag_of_the_dataclass_arrives_in_the_run(small_folder, tiny_models, tmp_path, endpoint):
+    pytest.importorskip("pymilvus", reason="needs pymilvus and milvus-lite: pip install -r requirements-scale.txt")
     templates = shutil.copy(ROOT / "instruction_templates.yaml", tmp_path / "own.yaml")
     values = {
         "embedding_model": (tiny_models["bert"], str(tiny_models["bert"])),
@@ -134,6 +135,10 @@ def test_every_flag_of_the_dataclass_arrives_in_the_run(small_folder, tiny_model
         "reranker_max_tokens": ("50", 50),
         "trust_remote_code": ("True", True),
         "device": ("cpu", "cpu"),
+        "vector_store": ("milvus:own.db", "milvus:own.db"),
+        "search_depth": ("40", 40),
+        "raw_scores": ("scored", "scored"),
+        "raw_scores_depth": ("6", 6),
         "instruction_templates": (templates, str(templates)),
         "experiment_name": ("mine", "mine"),
         "output_dir": ("results", "results"),
@@ -145,6 +150,9 @@ def test_every_flag_of_the_dataclass_arrives_in_the_run(small_folder, tiny_model
     for field in fields():
         assert values[field.name][1] != field.default, field.name
     words = [word for name, (text, _) in values.items() for word in (f"--{name}", text)]
+    embedding = ("embedding_model", "dataset", "embedder_dtype", "embedder_max_tokens", "cache_dir", "vector_store")
+    filling = [word for name in embedding for word in (f"--{name}", values[name][0])]
+    run_script("embed_all_documents.py", *filling, cwd=tmp_path)
     run_script(GRID, *words, cwd=tmp_path, env=endpoint().environment())
     config = read_json(tmp_path / "results" / "mine" / "config.json")
     assert config["flags"] == {name: value for name, (_, value) in values.items()}
