@@ -4,7 +4,7 @@ DATA_DIR ?= data
 BIN := .venv/bin
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: help install demo readme test test-gateway test-browser lint benchmark study clean
+.PHONY: help install demo readme test test-gateway test-browser lint benchmark scaling study clean
 
 help:  ## list what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/'
@@ -61,6 +61,12 @@ benchmark: .venv/.dev  ## the numbers of the README; DATA_DIR=folder where the d
 	$(BIN)/python benchmarks/teacher_calls.py --data_dir $(DATA_DIR)
 	$(BIN)/python benchmarks/grid_runs.py
 	$(BIN)/python benchmarks/report_speed.py
+	$(BIN)/python benchmarks/store_speed.py --data_dir $(DATA_DIR)
+	$(BIN)/python benchmarks/store_speed.py --documents 1000000
+	$(BIN)/python benchmarks/ray_cluster.py --data_dir $(DATA_DIR)
+
+scaling: .venv/.dev  ## docs/scaling.md, about five minutes
+	$(BIN)/python benchmarks/scaling.py
 
 study: .venv/.dev  ## docs/method_study.md and the README's table of methods, about 25 minutes; DATA_DIR as for benchmark
 	$(BIN)/python benchmarks/method_study.py --data_dir $(DATA_DIR)
