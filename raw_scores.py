@@ -110,22 +110,20 @@ class RawScoresWriter:
         """The columns of some candidates, query by query."""
         parts = []
         for i, query in enumerate(queries):
-            there = self._candidates(query) if documents is None else documents[i]
-            own = scores[i] if there is None else scores[i][there] if documents is None else scores[i][there >= 0]
-            there = np.arange(len(own)) if there is None else there[there >= 0]
-            teacher = np.full(len(own), math.nan, dtype=np.float32)
-            is_sampled = np.isin(there, sampled[i])
-            order = np.argsort(sampled[i], kind="stable")
-            teacher[is_sampled] = said[i][order][np.searchsorted(sampled[i][order], there[is_sampled])]
-            keep = is_sampled
+            there = self._candidates(query) if documents is None else documents[i][documents[i] >= 0]
+            own = scores[i] if there is None else scores[i][there] if documents is None else scores[i][: len(there)]
+            known = dict(zip(sampled[i].tolist(), said[i].tolist(), strict=True))
+            # Places among the query's candidates; where these are the whole corpus, the documents themselves.
+            keep = sampled[i][sampled[i] >= 0] if there is None else np.flatnonzero(np.isin(there, sampled[i]))
             if self._which == "all":
-                keep = is_sampled.copy()
-                keep[top_documents(own, np.arange(min(len(own), self._depth or len(own))))] = True
-            places = np.flatnonzero(keep)
-            places = places[np.argsort(there[places], kind="stable")]
-            gold = np.isin(there[places], row_of(self._dataset.relevance, query)).astype(np.int8)
-            index = np.full(len(places), query, dtype=np.int32)
-            parts.append((index, there[places].astype(np.int64), gold, own[places], teacher[places]))
+                first = top_documents(own, np.arange(min(len(own), self._depth or len(own))))
+                keep = np.union1d(keep, first)
+            chosen = keep if there is None else there[keep]
+            order = np.argsort(chosen, kind="stable")
+            keep, chosen = keep[order], chosen[order]
+            gold = np.isin(chosen, row_of(self._dataset.relevance, query)).astype(np.int8)
+            teacher = np.array([known.get(document, math.nan) for document in chosen.tolist()], dtype=np.float32)
+            parts.append((np.full(len(keep), query, dtype=np.int32), chosen.astype(np.int64), gold, own[keep], teacher))
         return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
     def _candidates(self, query: int) -> np.ndarray | None:

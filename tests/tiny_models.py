@@ -1,5 +1,6 @@
 """Models of a few thousand weights, saved in the layout of the real ones."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -43,11 +44,15 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
 
 def word_piece_tokenizer() -> PreTrainedTokenizerFast:
     """Like BERT's: lower-cased word pieces between [CLS] and [SEP]."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    # Not trained: equally frequent pieces come out of a training in another order each time, and with them the models'
+    # vectors, rankings, and all that a test may see of them.
+    letters = sorted({letter for text in TRAINING_TEXT for letter in text.lower() if not letter.isspace()})
+    words = sorted({word for text in TRAINING_TEXT for word in re.findall(r"[a-z]{2,}", text.lower())})
+    pieces = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *words])
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     tokenizer.normalizer = BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer.train_from_iterator(TRAINING_TEXT, trainers.WordPieceTrainer(vocab_size=400, special_tokens=special))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
