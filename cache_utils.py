@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 KEYS_SUFFIX, VECTORS_SUFFIX = ".keys.npy", ".vectors.npy"
 # A reader maps one shard at a time beside the matrix it fills, so a shard's size is also the reader's overhead.
 SHARD_BYTES = 16 * 2**20
+MERGE_RUNS = 4  # of the index: with the one before it, unless that is so many times as large
 
 
 def text_keys(texts: Iterable[str], role: str) -> np.ndarray:
@@ -53,6 +54,25 @@ def text_keys(texts: Iterable[str], role: str) -> np.ndarray:
         digest.update(text.encode())
         digests += digest.digest()
     return np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)
+
+
+def first_places(keys: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where texts stand that did not occur before.
+
+    Args:
+        keys: uint64 [n, 2], of one stretch.
+        seen: uint64 [m], sorted: the first halves of all keys of the stretches before. (Among a hundred million texts
+            two may have the same half, once in some thousand corpora; the second is then embedded by the run itself.)
+
+    Returns:
+        their places, int64 [k], ascending; and ``seen`` with this stretch.
+    """
+    different, first = np.unique(keys[:, 0], return_index=True)
+    at = np.searchsorted(seen, different)
+    is_new = np.ones(len(different), dtype=bool)
+    inside = at < len(seen)
+    is_new[inside] = seen[at[inside]] != different[inside]
+    return np.sort(first[is_new]), np.insert(seen, at[is_new], different[is_new])
 
 
 def slug(text: str, length: int = 40) -> str:
@@ -114,13 +134,15 @@ class VectorCache:
         self.dimension: int | None = None
         self._shards: dict[str, int] = {}  # name -> number; a damaged shard has number -1
         self._names: list[str] = []
-        self._index = np.empty((0, 2), dtype=np.uint64)  # sorted keys
-        self._places = np.empty((0, 2), dtype=np.int32)  # (shard number, row) of each key
+        # Sorted keys uint64 [n, 2], and the place (shard number, row) of each, int32 [n, 2]. The first run is the
+        # largest; a new one is merged with those before it that are not much larger, so that a shard that comes costs
+        # little, however many are there.
+        self._runs: list[tuple[np.ndarray, np.ndarray]] = []
         self.refresh()
 
     def __len__(self) -> int:
         """Number of stored keys (a text embedded by two processes counts twice)."""
-        return len(self._index)
+        return sum(len(keys) for keys, _ in self._runs)
 
     def refresh(self) -> None:
         """Take in the shards that have come since, this process' own and others'."""
@@ -128,8 +150,11 @@ class VectorCache:
             names = {entry.name for entry in os.scandir(self.folder)}
         except FileNotFoundError:
             return
-        new = sorted(name for name in names if name.endswith(KEYS_SUFFIX) and name not in self._shards)
-        keys, places = [self._index], [self._places]
+        self._take_in(sorted(name for name in names if name.endswith(KEYS_SUFFIX) and name not in self._shards))
+
+    def _take_in(self, new: Iterable[str]) -> None:
+        """Enter shards, by the names of their files of keys."""
+        keys, places = [], []
         for name in new:
             shard_keys = self._open_keys(name)
             if shard_keys is None:
@@ -141,10 +166,17 @@ class VectorCache:
             places.append(
                 np.stack([np.full(len(shard_keys), number), np.arange(len(shard_keys))], axis=1).astype(np.int32)
             )
-        if len(keys) > 1:
-            all_keys, all_places = np.concatenate(keys), np.concatenate(places)
-            order = np.argsort(all_keys[:, 0], kind="stable")
-            self._index, self._places = all_keys[order], all_places[order]
+        if not keys:
+            return
+        count = sum(map(len, keys))
+        while self._runs and len(self._runs[-1][0]) < MERGE_RUNS * count:
+            earlier_keys, earlier_places = self._runs.pop()
+            keys.insert(0, earlier_keys)
+            places.insert(0, earlier_places)
+            count += len(earlier_keys)
+        all_keys, all_places = np.concatenate(keys), np.concatenate(places)
+        order = np.argsort(all_keys[:, 0], kind="stable")
+        self._runs.append((all_keys[order], all_places[order]))
 
     def _open_keys(self, name: str) -> np.ndarray | None:
         """The keys of a shard, or None (said in the log) where the shard cannot be used."""
@@ -167,11 +199,20 @@ class VectorCache:
     def locate(self, keys: np.ndarray) -> np.ndarray:
         """Find keys: uint64 [m, 2] in, int32 [m, 2] out, (shard, row) or (-1, -1) where a key is not stored."""
         found = np.full((len(keys), 2), -1, dtype=np.int32)
-        if not len(self._index) or not len(keys):
-            return found
-        first, second = self._index[:, 0], self._index[:, 1]
-        position = np.searchsorted(first, keys[:, 0])
-        open_ = np.arange(len(keys))
+        for index, places in self._runs:
+            if not len(missing := np.flatnonzero(found[:, 0] < 0)):
+                break
+            self._locate_in(index, places, keys, missing, found)
+        return found
+
+    @staticmethod
+    def _locate_in(
+        index: np.ndarray, places: np.ndarray, keys: np.ndarray, open_: np.ndarray, found: np.ndarray
+    ) -> None:
+        """Find those of the keys that ``open_`` names in one run; their places go into ``found``."""
+        first, second = index[:, 0], index[:, 1]
+        position = np.empty(len(keys), dtype=np.int64)
+        position[open_] = np.searchsorted(first, keys[open_, 0])
         # Usually one turn; more only where keys share their first 64 bits (a text stored twice, or a collision).
         while len(open_):
             at = position[open_]
@@ -180,10 +221,9 @@ class VectorCache:
             same_first = first[at] == keys[open_, 0]
             open_, at = open_[same_first], at[same_first]
             hit = second[at] == keys[open_, 1]
-            found[open_[hit]] = self._places[at[hit]]
+            found[open_[hit]] = places[at[hit]]
             open_ = open_[~hit]
             position[open_] += 1
-        return found
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
         """bool [m]: which of the keys (uint64 [m, 2]) are stored."""
@@ -240,7 +280,7 @@ class VectorCache:
             for suffix, array in ((VECTORS_SUFFIX, vectors), (KEYS_SUFFIX, keys)):
                 part = array[start : start + rows]
                 write_atomically(self.folder / (shard + suffix), lambda file, part=part: np.save(file, part))
-        self.refresh()
+            self._take_in([shard + KEYS_SUFFIX])  # those of others are looked for when somebody asks
 
 
 def record_key(value: Any) -> str:

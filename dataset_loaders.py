@@ -483,18 +483,37 @@ def load_dataset(dataset: str, data_dir: Path | str) -> RetrievalDataset:
     """
     check_dataset_name(dataset)
     loaded = DATASETS[dataset].load(Path(data_dir)) if dataset in DATASETS else load_folder(Path(dataset))
-    for what, texts, ids in (
-        ("document", loaded.documents, loaded.document_ids),
-        ("query", loaded.queries, loaded.query_ids),
-    ):
-        if not texts:
-            raise UserError(f"{dataset}: no {what} in it")
-        _repair_unicode(ids)
-        if repaired := _repair_unicode(texts):
-            logger.warning("%s: %d texts held broken Unicode, now shown as '?'", dataset, repaired)
-    if loaded.relevance.nnz == 0:
-        raise UserError(f"{dataset}: no query has a relevant document, so nothing can be measured")
+    _repair(dataset, "document", loaded.documents, loaded.document_ids)
+    repair_queries(loaded, dataset)
+    check_relevance(loaded, dataset)
     return loaded
+
+
+def repair_queries(loaded: RetrievalDataset, name: str) -> None:
+    """Put characters in the place of what is none, in queries and their ids.
+
+    Raises:
+        UserError: there is no query.
+    """
+    _repair(name, "query", loaded.queries, loaded.query_ids)
+
+
+def _repair(name: str, what: str, texts: list[str], ids: list[str]) -> None:
+    if not texts:
+        raise UserError(f"{name}: no {what} in it")
+    _repair_unicode(ids)
+    if repaired := _repair_unicode(texts):
+        logger.warning("%s: %d texts held broken Unicode, now shown as '?'", name, repaired)
+
+
+def check_relevance(loaded: RetrievalDataset, name: str) -> None:
+    """Say that nothing can be measured.
+
+    Raises:
+        UserError: no query has a relevant document.
+    """
+    if loaded.relevance.nnz == 0:
+        raise UserError(f"{name}: no query has a relevant document, so nothing can be measured")
 
 
 def corpus_stretches(name: str, data_dir: str, size: int = STRETCH) -> Iterator[tuple[list[str], list[str]]]:

@@ -109,6 +109,8 @@ def check_all(configs: Sequence[ExperimentConfig], flags: SlotFlags) -> None:
         checks.append(partial(check_for_ray, [config.device for config in configs]))
     if problems := problems_of(checks):
         raise UserError("\n".join(problems))
+    if store:
+        VectorStore(store).close()  # that it cannot be opened is told now, and not when all is embedded
 
 
 def embed_here(

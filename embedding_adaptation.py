@@ -81,7 +81,7 @@ def run(config: ExperimentConfig, store: VectorStore | None, log: MemoryHandler,
     """Do one run. What the user may have got wrong is found before the first text is embedded or a file is touched."""
     seconds: dict[str, float] = {}
     if idle := idle_flags(config):
-        logger.warning("no effect with this method and teacher: %s", ", ".join(f"--{name}" for name in idle))
+        logger.warning("no effect in this run: %s", ", ".join(f"--{name}" for name in idle))
     prompts = read_templates(config.instruction_templates)
     facts = dataset_facts(config.dataset, config.data_dir, needs_corpus=store is None)
     digest = run_hash(config, run_sources(config, prompts, facts))
@@ -90,7 +90,7 @@ def run(config: ExperimentConfig, store: VectorStore | None, log: MemoryHandler,
         device = choose_device(config.device)
     embedder = make_embedder(config, device)
     with stage("load dataset", seconds):
-        data = load_data(config, prompts, embedder, store)
+        data = load_data(config, prompts, facts, embedder, store)
     with stage("load models", seconds):
         this = prepare(config, prompts, embedder, data)
         folder = RunFolder(Path(config.output_dir) / name)

@@ -22,6 +22,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from errors import UserError
 
@@ -116,7 +117,13 @@ def _are_prices(value: str | None) -> bool:
 def is_store(value: str) -> bool:
     """Whether a text names a vector store: its kind, and a file or an address."""
     kind, _, place = value.partition(":")
-    return kind == "milvus" and (place.startswith(("http://", "https://")) or place.endswith(".db"))
+    if not place.startswith(("http://", "https://")):
+        return kind == "milvus" and place.endswith(".db")
+    try:
+        address = urlsplit(place)
+        return kind == "milvus" and bool(address.hostname) and address.port != 0 and "@" not in address.netloc
+    except ValueError:  # a port that is none
+        return False
 
 
 PRICES = Rule(_are_prices, "two numbers, 0 or more: the prices of input and of output", several=True)
@@ -283,7 +290,10 @@ class ExperimentConfig:
         None,
         "search the corpus where it lives, and never load it: milvus:FILE.db or milvus:http://HOST:PORT, filled by "
         "embed_all_documents.py; left out: every candidate is ranked by the cached vectors",
-        Rule(lambda value: value is None or is_store(value), "milvus:FILE.db or milvus:http://HOST:PORT"),
+        Rule(
+            lambda value: value is None or is_store(value),
+            "milvus:FILE.db or milvus:http://HOST:PORT (a password goes into MILVUS_TOKEN in the environment)",
+        ),
     )
     search_depth: int = flag(
         1000, "results a query in a --vector_store; metrics are those of a ranking that is cut there, and named so",

@@ -30,6 +30,7 @@ from instruction_templates import read_templates
 from rerankers import costs_nothing
 from retrieval_dataset import DatasetFacts
 from run_setup import CHECKED_FLAGS, check_run, is_done, run_hash, run_name, run_sources
+from vector_store import file_of
 
 SCRIPT = Path(__file__).resolve().parent / "embedding_adaptation.py"
 DEFAULT_MODELS = (
@@ -130,8 +131,8 @@ class PlannedRun:
         sources, config = self.sources, self.config
         texts = as_key(sources["dataset"], sources["templates"])
         found = {"vectors": (as_key(config.cache_dir, sources["embedder"]), texts)}
-        if config.vector_store:
-            found["store"] = (config.vector_store, self.name)  # a file is open in one process: one run after the other
+        if config.vector_store and (file := file_of(config.vector_store)):
+            found["store"] = (str(file.absolute()), self.name)  # it is open in one process: one run after the other
         if sources["hyde"]:
             writer = {name: value for name, value in sources["hyde"][0].items() if name != "samples"}
             found["passages"] = (as_key(config.cache_dir, sources["dataset"], writer), str(config.hyde_samples))

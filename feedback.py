@@ -210,13 +210,7 @@ def refine(
     Raises:
         UserError: the parameters lead to vectors that are not finite.
     """
-    if bounded is None:
-        said = start.teacher_scores[~np.isnan(start.teacher_scores)]
-        bounded = bool(((said >= 0) & (said <= 1)).all())
-    vectors = start.vectors if "lr" in config.method_flags else unit_length(start.vectors.copy())
-    expects_shares = "neutral_score" in config.method_flags
-    settings = {"normalise_scores": expects_shares and not bounded, "corpus": statistics, **config.method_flags}
-    settings["method"] = config.refinement_method
+    vectors, settings = refinement_inputs(start, config, bounded, statistics)
     if config.prf_weight:
         refined = _refine_rows(start, vectors, corpus, device, settings)
         lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -225,6 +219,30 @@ def refine(
     if trajectory:
         settings["trajectory_every"] = TRAJECTORY_EVERY
     return _refine_rows(start, vectors, corpus, device, settings)
+
+
+def refinement_inputs(
+    start: Start, config: ExperimentConfig, bounded: bool | None, statistics: CorpusStatistics | None
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """What :func:`query_refinement.refine_queries` gets beside documents and scores: the queries, and its settings.
+
+    Args:
+        start: its vectors and scores.
+        config: the method and its parameters.
+        bounded: as for :func:`refine`.
+        statistics: as for :func:`refine`.
+
+    Returns:
+        float32 [Q, D]: as they are for methods with steps, whose rate is made for them, else of unit length; and the
+        settings.
+    """
+    if bounded is None:
+        said = start.teacher_scores[~np.isnan(start.teacher_scores)]
+        bounded = bool(((said >= 0) & (said <= 1)).all())
+    vectors = start.vectors if "lr" in config.method_flags else unit_length(start.vectors.copy())
+    expects_shares = "neutral_score" in config.method_flags
+    settings = {"normalise_scores": expects_shares and not bounded, "corpus": statistics, **config.method_flags}
+    return vectors, settings | {"method": config.refinement_method}
 
 
 def _refine_rows(

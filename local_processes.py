@@ -79,7 +79,12 @@ class LocalProcesses:
 
 
 def spawn(
-    command: Sequence[str], log: Path, tries: int, environment: MutableMapping[str, str], files: Mapping[str, int]
+    command: Sequence[str],
+    log: Path,
+    tries: int,
+    environment: MutableMapping[str, str],
+    files: Mapping[str, int],
+    is_new: bool = True,
 ) -> subprocess.Popen[bytes]:
     """Start a process in a group of its own.
 
@@ -89,6 +94,7 @@ def spawn(
         tries: how many of these there were.
         environment: its environment variables.
         files: open files that it inherits, by the environment variable that tells it their number.
+        is_new: whether a first try begins the log anew.
 
     Raises:
         OSError, ValueError: it cannot be started, or its log cannot be written.
@@ -97,7 +103,7 @@ def spawn(
     # Threads that wait sleep: else those of several processes keep each other from the cores. Their number stays what
     # it is without a runner, since it may show in the last bits of a figure.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if not tries:
+    if is_new and not tries:
         log.write_bytes(b"")
     with open(log, "ab") as output:
         if tries:

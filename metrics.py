@@ -125,18 +125,19 @@ def cut_metric_names(depth: int) -> tuple[str, ...]:
 
 
 def cut_metrics(
-    ranks: np.ndarray, n_relevant: int, depth: int, scored: np.ndarray | None = None, n_left: int = 0
+    ranks: np.ndarray, n_relevant: int, depth: int, residual: np.ndarray | None = None, n_left: int = 0
 ) -> dict[str, float]:
     """All metrics of one query whose ranking is cut: what lies deeper counts as not found.
 
     ``map_at_d`` is the sum of the precisions at the relevant documents found, over the number of all relevant ones, so
-    never above ``map``. The residual metrics are those of the results without the documents in ``scored``.
+    never above ``map``. The residual metrics are those of the ranking without scored documents, cut at the same depth.
 
     Args:
         ranks: int [F], of the relevant documents among the results, from 0, ascending.
         n_relevant: how many there are in the corpus.
         depth: results a query.
-        scored: int [K], the ranks of scored documents among the results, ascending; None where there is no teacher.
+        residual: int [G], ranks of relevant documents, ascending, in the ranking without those that a teacher has
+            scored; None where there is no teacher.
         n_left: how many relevant documents no teacher has scored.
 
     Returns:
@@ -151,10 +152,9 @@ def cut_metrics(
         **{f"ndcg_at_{k}": ndcg(ranks, n_relevant, k) for k in (min(10, depth), depth)},
         f"mrr_at_{depth}": 1 / (int(ranks[0]) + 1) if len(ranks) else 0.0,
     }
-    left = np.empty(0) if scored is None else residual_ranks(ranks, scored)
-    known = scored is not None and n_left > 0
-    found[f"residual_map_at_{depth}"] = _cut_precision(left, n_left) if known else math.nan
-    found[f"residual_recall_at_{depth}"] = len(left) / n_left if known else math.nan
+    known = residual is not None and n_left > 0
+    found[f"residual_map_at_{depth}"] = _cut_precision(residual, n_left) if known else math.nan
+    found[f"residual_recall_at_{depth}"] = len(residual) / n_left if known else math.nan
     return {name: found[name] for name in names}
 
 

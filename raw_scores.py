@@ -167,10 +167,15 @@ class RawScoresWriter:
             occurring, places = np.flatnonzero(occurs), (np.cumsum(occurs, dtype=np.int32) - 1)[documents]
         if len(occurring) == len(data.documents):
             if self._texts is None:
-                self._texts = _strings(data.document_ids), _strings(data.documents)
+                self._texts = tuple(_strings(_some(t, occurring)) for t in (data.document_ids, data.documents))
             return documents.astype(np.int32, copy=False), self._texts
-        chosen = ([texts[i] for i in occurring] for texts in (data.document_ids, data.documents))
+        chosen = (_some(texts, occurring) for texts in (data.document_ids, data.documents))
         return places.astype(np.int32), tuple(map(_strings, chosen))
+
+
+def _some(texts: Sequence[str], places: np.ndarray) -> list[str]:
+    """Several texts at once; where they are fetched from elsewhere, in one request."""
+    return texts.take(places) if hasattr(texts, "take") else [texts[i] for i in places]
 
 
 def _strings(texts: Sequence[str]) -> pa.Array:

@@ -44,6 +44,7 @@ def import_ray() -> Any:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # within ``ray job submit``, which may ship files, too
+    _use_token()
     try:
         import ray
         import ray.exceptions
@@ -95,7 +96,8 @@ def joined(address: str | None) -> Iterator[Any]:
         )
     except Exception as error:  # of many unrelated types: no connection, other versions, no permission
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
-        raise UserError(f"{where} cannot be joined ({reason})") from None
+        hint = "if it wants a token, copy ~/.ray/auth_token from its head"
+        raise UserError(f"{where} cannot be joined ({reason}); {hint}") from None
     finally:
         # Else the cluster's words about a lost worker would stand on standard output, amid the command's result.
         ray._private.worker._worker_logs_enabled = False
@@ -106,6 +108,13 @@ def joined(address: str | None) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _use_token() -> None:
+    """Have Ray show clusters the token that ``ray start`` has left here; it would try without, and reads this once."""
+    kept = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if "RAY_AUTH_TOKEN" in os.environ or kept.is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _copy_scripts(folder: Path) -> None:
@@ -224,6 +233,11 @@ class Places:
         """Something was lost at a place: nothing starts on its node for a moment."""
         self._resting[place.node] = time.monotonic() + SECONDS_OF_REST
         self._counted_at = -math.inf
+
+    @property
+    def resting(self) -> set[str]:
+        """The nodes that rest."""
+        return {node for node, until in self._resting.items() if until > time.monotonic()}
 
     @property
     def have_gpus(self) -> bool:

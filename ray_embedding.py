@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from cache_utils import VectorCache, text_keys
+from cache_utils import VectorCache, first_places, text_keys
 from dataset_loaders import corpus_stretches, dataset_facts, dataset_queries
 from devices import SlotFlags, choose_device
 from embedders import most_texts, plan_pieces
@@ -144,25 +144,6 @@ def _unfinished(
             yield _Stretch(own, role, keys, places)
 
 
-def first_places(keys: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where texts stand that did not occur before.
-
-    Args:
-        keys: uint64 [n, 2], of one stretch.
-        seen: uint64 [m], sorted: the first halves of all keys of the stretches before. (Among a hundred million texts
-            two may have the same half, once in some thousand corpora; the second is then embedded by the run itself.)
-
-    Returns:
-        their places, int64 [k], ascending; and ``seen`` with this stretch.
-    """
-    different, first = np.unique(keys[:, 0], return_index=True)
-    at = np.searchsorted(seen, different)
-    is_new = np.ones(len(different), dtype=bool)
-    inside = at < len(seen)
-    is_new[inside] = seen[at[inside]] != different[inside]
-    return np.sort(first[is_new]), np.insert(seen, at[is_new], different[is_new])
-
-
 def _pieces(
     stretches: Iterable[_Stretch], workers: Workers, cache: VectorCache, pass_over: Callable[[int, int], None]
 ) -> Iterator[Piece]:
@@ -264,6 +245,7 @@ class Workers:
         self._workers: list[_Worker] = []
         self._again: collections.deque[Piece] = collections.deque()
         self._vain_starts: collections.Counter[str] = collections.Counter()  # by node
+        self._why_not = ""  # the last of them
         self._is_waiting = False
         self.dimension: int | None = None
         self.processes: dict[str, list[int]] = {}
@@ -312,9 +294,21 @@ class Workers:
                 actor = self._ray.remote(EmbeddingWorker).options(max_restarts=0, **place.options()).remote()
                 node = name_of_node(self._ray, place.node)
                 self._workers.append(_Worker(actor, place, node, actor.prepare.remote(*self._needs)))
+        if not self._workers and places:
+            self._check_that_any_can_start()
         if not self._workers and not self._is_waiting:
             logger.warning("no node has a place for a worker; waiting for one")
         self._is_waiting = not self._workers
+
+    def _check_that_any_can_start(self) -> None:
+        """Give up where all nodes have been given up; one that only rests may be well.
+
+        Raises:
+            RunError: there is none left.
+        """
+        nodes = {place.node for place in self._places.all(self._uses_gpu)} | self._places.resting
+        if not self._workers and all(self._vain_starts[node] >= MOST_LOSSES for node in nodes):
+            raise RunError(f"no worker can start; {self._why_not} (finished texts are kept)")
 
     def _hand_out(self, pieces: Iterator[Piece]) -> bool:
         """Give workers what they have room for, the least busy first; returns whether there is nothing left to give."""
@@ -366,9 +360,8 @@ class Workers:
             self._vain_starts[worker.place.node] += 1
         if self._vain_starts[worker.place.node] >= MOST_LOSSES:
             logger.warning("node %s: no more workers, as none can start there", worker.node)
-            others = {place.node for place in self._places.all(self._uses_gpu)} - {worker.place.node}
-            if not self._workers and all(self._vain_starts[node] >= MOST_LOSSES for node in others):
-                raise RunError(f"no worker can start; on node {worker.node}: {reason} (finished texts are kept)")
+            self._why_not = f"on node {worker.node}: {reason}"
+            self._check_that_any_can_start()
         if left:
             left[0].losses += 1
             if left[0].losses >= MOST_LOSSES:

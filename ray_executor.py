@@ -155,7 +155,7 @@ def run_here(
     process: subprocess.Popen[bytes] | None = None
     try:  # Ray asks a task to stop by a KeyboardInterrupt
         whole = (sys.executable, str(place_of_scripts(*scripts) / command[0]), *command[1:])
-        process = spawn(whole, beginning.logs[0], tries, environment, {LIFELINE: read_end})
+        process = spawn(whole, beginning.logs[0], tries, environment, {LIFELINE: read_end}, is_new=False)
         status = _patient_status_of(process)
     except KeyboardInterrupt:
         if process is None:

@@ -287,6 +287,10 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
         ignored |= set(OF_SIMULATED_TEACHER)
     settings |= dict.fromkeys(name for name in settings if name in ignored)
     settings["embedder_dtype"] = config["model"]["dtype"]
+    if settings["vector_store"]:  # where it lies changes no figure
+        settings["vector_store"] = settings["vector_store"].partition(":")[0]
+    else:
+        settings["search_depth"] = None
     settings["instruction_templates"] = Path(settings["instruction_templates"]).name
     return settings
 

@@ -196,7 +196,8 @@ def run_by(
         if not flags.overwrite and is_done(run.config, run.digest, run.folder):  # another grid was sooner
             folder.release()
             return None
-        if flags.executor == "ray":  # the lock cannot travel: the run takes it again
+        if flags.executor == "ray":  # the lock cannot travel: the run takes it again, and only adds to the log
+            folder.log_path.write_bytes(b"")
             folder.release()
             files = {}
         # A completed run's log stays until the new one is done; the run itself then renames its own.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cache_utils import slug
-from dataset_loaders import check_dataset_name, dataset_facts, load_dataset
+from dataset_loaders import check_dataset_name, load_dataset
 from embedders import TextEmbedder, check_remote_code, embedding_setup
 from errors import UserError, check_writable, is_folder, problems_of
 from experiment_config import ExperimentConfig, short_hash
@@ -142,9 +142,20 @@ def open_store(config: ExperimentConfig) -> AbstractContextManager[VectorStore |
 
 
 def load_data(
-    config: ExperimentConfig, prompts: dict[str, Any], embedder: TextEmbedder, store: VectorStore | None
+    config: ExperimentConfig,
+    prompts: dict[str, Any],
+    facts: DatasetFacts,
+    embedder: TextEmbedder,
+    store: VectorStore | None,
 ) -> tuple[RetrievalDataset, FilledTexts, StoreCorpus | None]:
     """The dataset, its texts as they are embedded, and its corpus in the store, if it is searched there.
+
+    Args:
+        config: the run's flags.
+        prompts: from :func:`instruction_templates.read_templates`.
+        facts: of the dataset.
+        embedder: from :func:`make_embedder`.
+        store: from :func:`open_store`.
 
     Raises:
         UserError: the data cannot be had, or is not as it should be; the store does not hold the corpus.
@@ -152,12 +163,8 @@ def load_data(
     if store is None:
         dataset = load_dataset(config.dataset, config.data_dir)
         return dataset, fill_templates(templates_for(prompts, config.embedding_model, dataset), dataset), None
-    facts = dataset_facts(config.dataset, config.data_dir, needs_corpus=False)
     templates = templates_for(prompts, config.embedding_model, facts)
-    corpus = find_corpus(store, embedder.setup, templates.document, facts.name)
-    if facts.corpus not in ("", corpus.corpus):
-        what = f"{store.spec} holds another version of {facts.name} than {config.dataset}"
-        raise UserError(f"--vector_store: {what}; embed_all_documents.py with this store fills it anew")
+    corpus = find_corpus(store, embedder.setup, templates.document, facts.name, facts.corpus)
     dataset = load_stored_dataset(config, store, corpus)
     return (
         dataset,

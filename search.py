@@ -35,7 +35,8 @@ from experiment_config import (
     parse_values,
     parse_words,
 )
-from feedback import ranks_for_teacher
+from feedback import Start, ranks_for_teacher, refinement_inputs
+from folder_dataset import folder_facts
 from free_rerankers import FREE_NAMES
 from instruction_templates import read_templates, templates_for
 from mapped_vectors import unit_length
@@ -57,6 +58,7 @@ FLAGS = (
     *("trust_remote_code", "device", "instruction_templates", "cache_dir"),
 )
 SHORTEST_TEXT = 20
+STATISTICS_DOCUMENTS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +74,12 @@ def main() -> None:
     query, dataset, config, flags = read_command(sys.argv[1:])
     start_logging()
     check(config)
+    version = ""
+    if dataset and is_folder(dataset):  # the version that lies there, if its documents do
+        facts = folder_facts(Path(dataset), needs_corpus=False)
+        dataset, version = facts.name, facts.corpus
     with VectorStore(config.vector_store) as store:
-        found = search(store, query, dataset, config, flags.results)
+        found = search(store, query, (dataset, version), config, flags.results)
     print(json.dumps(found, indent=2, ensure_ascii=False) if flags.json else as_text(found))
 
 
@@ -101,10 +107,7 @@ def read_command(argv: Sequence[str]) -> tuple[str, str | None, ExperimentConfig
         problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-    dataset = words.get("dataset")
-    if dataset and is_folder(dataset):
-        dataset = Path(dataset).resolve().name
-    return query, dataset, config, SearchFlags(**values)
+    return query, words.get("dataset"), config, SearchFlags(**values)
 
 
 def check(config: ExperimentConfig) -> None:
@@ -131,14 +134,14 @@ def check_teacher(config: ExperimentConfig) -> None:
 
 
 def search(
-    store: VectorStore, query: str, dataset: str | None, config: ExperimentConfig, n_results: int
+    store: VectorStore, query: str, dataset: tuple[str | None, str], config: ExperimentConfig, n_results: int
 ) -> dict[str, Any]:
     """Search with a query, have the first results scored, refine the query, search again.
 
     Args:
         store: where the corpus is.
         query: the text.
-        dataset: name of the corpus; None where the store holds only one for the model.
+        dataset: name and version of the corpus, see :func:`vector_store.find_corpus`.
         config: models and method.
         n_results: of each search in what is returned.
 
@@ -149,7 +152,7 @@ def search(
     embedder = make_embedder(config, device)
     anything = DatasetFacts("", "search", None, 0, 0, "", "")
     template = templates_for(prompts, config.embedding_model, anything).document
-    corpus = find_corpus(store, embedder.setup, template, dataset)
+    corpus = find_corpus(store, embedder.setup, template, *dataset)
     templates = templates_for(prompts, config.embedding_model, corpus.facts())
 
     texts, ids = (StoredTexts(store, corpus, field) for field in ("text", "document_id"))
@@ -167,17 +170,17 @@ def search(
     teacher = find_reranker(config, device, prompts, data)
 
     # 1. Search with the query as it is.
-    vector = unit_length(embedder.embed([templates.fill_query(query)], "query"))
+    vector = embedder.embed([templates.fill_query(query)], "query")
     embedder.unload()
     depth = min(config.search_depth, corpus.documents)
-    before = store.search(corpus.collection, vector, depth)
+    before = store.search(corpus.collection, unit_length(vector.copy()), depth)
     # 2. The teacher scores the first results.
     sampled = ranked.sample(vector, partial(ranks_for_teacher, config, 0))
     scores = ask(teacher, data, sampled)
     # 3. The query moves until it agrees with the teacher.
-    refined = refine(vector, ranked, sampled, scores, teacher, config)
+    refined = refine(Start(vector, sampled, scores), ranked, teacher, config)
     # 4. Search the whole corpus again.
-    after = store.search(corpus.collection, refined, depth)
+    after = store.search(corpus.collection, unit_length(refined.copy()), depth)
 
     said = dict(zip(sampled[0].tolist(), scores[0].tolist(), strict=True))
     ranks = {int(document): rank for rank, document in enumerate(before[0][0], 1)}
@@ -227,39 +230,34 @@ def ask(teacher: Reranker, data: StoredDataset, sampled: np.ndarray) -> np.ndarr
 
 
 def refine(
-    vector: np.ndarray,
-    ranked: StoreCorpus,
-    sampled: np.ndarray,
-    scores: np.ndarray,
-    teacher: Reranker,
-    config: ExperimentConfig,
+    start: Start, ranked: StoreCorpus, teacher: Reranker, config: ExperimentConfig
 ) -> np.ndarray:
-    """Refine one query; this is all that a service has to do.
+    """Refine one query; with vectors, documents and scores at hand this is all that a service has to do.
 
     Args:
-        vector: float32 [1, D], of unit length.
+        start: the query's vector, the documents that were scored, and their scores.
         ranked: for vectors of documents.
-        sampled: int64 [1, K], the documents that were scored.
-        scores: float32 [1, K], NaN for none.
         teacher: says what its scores are.
         config: the method and its parameters.
 
     Returns:
         float32 [1, D].
+
+    Raises:
+        UserError: the parameters lead to a vector that is not finite.
     """
     import torch
 
     from query_refinement import corpus_statistics, refine_queries
 
-    method, settings = config.refinement_method, dict(config.method_flags)
-    if "neutral_score" in settings:  # the ridges take shares from 0 to 1
-        known = scores[~np.isnan(scores)]
-        is_share = ((known >= 0) & (known <= 1)).all() if teacher.bounded is None else teacher.bounded
-        settings["normalise_scores"] = not is_share
-    if method in ("whitened_ridge", "centred_ridge"):  # a service does this once a corpus
-        settings["corpus"] = corpus_statistics(torch.from_numpy(ranked.spread(10_000)))
-    refined = refine_queries(vector, ranked.vectors(sampled), scores, method=method, **settings)
-    return refined.vectors.numpy()
+    statistics = None
+    if config.refinement_method in ("whitened_ridge", "centred_ridge"):  # a service does this once a corpus
+        statistics = corpus_statistics(torch.from_numpy(ranked.spread(STATISTICS_DOCUMENTS)))
+    vectors, settings = refinement_inputs(start, config, teacher.bounded, statistics)
+    refined = refine_queries(vectors, ranked.vectors(start.sampled), start.teacher_scores, **settings).vectors
+    if not refined.isfinite().all():
+        raise UserError(f"--refinement_method {config.refinement_method}: not finite; choose smaller parameters")
+    return refined.numpy()
 
 
 def as_text(found: dict[str, Any]) -> str:

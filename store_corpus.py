@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_array
 
-from dataset_loaders import DATASETS, load_dataset
+from dataset_loaders import DATASETS, check_relevance, load_dataset, repair_queries
 from errors import UserError
 from experiment_config import ExperimentConfig
 from folder_dataset import load_folder_queries
@@ -25,11 +25,12 @@ from retrieval_dataset import RetrievalDataset, row_of
 from vector_store import FLAG, StoredCorpus, VectorStore
 
 BLOCK_RESULTS = 1 << 20
+MOST_RESULTS = 16_384  # of a query, that Milvus gives
 MOST_SPREAD = 20_000  # vectors that are fetched to learn how a corpus lies in its space
 
 
 class StoredTexts(Sequence[str]):
-    """A field of all documents of a collection, by place; what is asked for is fetched and kept.
+    """A field of all documents of a collection, by place; what is asked for one by one is fetched and kept.
 
     Args:
         store: where.
@@ -45,26 +46,37 @@ class StoredTexts(Sequence[str]):
         return self._corpus.documents
 
     def __getitem__(self, place: int) -> str:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
         if place not in self._known:
             self.fetch([place])
         return self._known[place]
 
     def fetch(self, places: Iterable[int]) -> None:
-        """Fetch several at once, for later."""
+        """Fetch several at once, and keep them."""
+        self._known |= self._missing(places)
+
+    def take(self, places: Iterable[int]) -> list[str]:
+        """Several at once; they are not kept."""
+        wanted = [int(place) for place in places]
+        found = self._missing(wanted)
+        return [self._known[place] if place in self._known else found[place] for place in wanted]
+
+    def _missing(self, places: Iterable[int]) -> dict[int, str]:
         missing = [int(place) for place in places if int(place) not in self._known]
         found = self._store.fetch(self._corpus.collection, missing, [self._field])
-        self._known |= {place: fields[self._field] for place, fields in found.items()}
+        return {place: fields[self._field] for place, fields in found.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredDataset(RetrievalDataset):
-    """A dataset whose documents are in a vector store; what would read all of them is told otherwise."""
+    """A dataset whose documents are in a vector store: its fingerprint does not read them."""
 
     corpus_identity: str = ""
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """As of the whole dataset, with what the store says of its corpus for the documents."""
+        """As of a whole dataset, with the corpus' version in the documents' place."""
         return self.fingerprint_with([self.corpus_identity], [])
 
 
@@ -90,11 +102,11 @@ def load_stored_dataset(config: ExperimentConfig, store: VectorStore, corpus: St
     texts, ids = (StoredTexts(store, corpus, field) for field in ("text", "document_id"))
     if config.dataset in DATASETS:
         known = load_dataset(config.dataset, config.data_dir)
-        if len(known.documents) != corpus.documents:
-            raise UserError(f"{FLAG}: {store.spec} holds {corpus.documents} documents of {known.name}, not all of them")
     else:
         places = functools.partial(store.places, corpus.collection)
         known = load_folder_queries(Path(config.dataset), texts, ids, places)
+        repair_queries(known, config.dataset)
+        check_relevance(known, config.dataset)
     fields = {field.name: getattr(known, field.name) for field in dataclasses.fields(RetrievalDataset)}
     return StoredDataset(**fields | {"documents": texts, "document_ids": ids}, corpus_identity=corpus.corpus)
 
@@ -115,11 +127,9 @@ class StoreCorpus:
 
     def vectors(self, documents: np.ndarray) -> np.ndarray:
         """See :class:`ranking.Corpus`."""
-        documents = np.maximum(documents, 0)  # anything for none
-        different, places = np.unique(documents, return_inverse=True)
-        found = self._store.fetch(self._corpus.collection, different, ["vector"])
-        vectors = np.array([found[int(document)]["vector"] for document in different], dtype=np.float32)
-        return unit_length(vectors)[places].reshape(*documents.shape, -1)
+        different, places = np.unique(np.maximum(documents, 0), return_inverse=True)  # anything for none
+        vectors = unit_length(self._store.fetch_vectors(self._corpus, different))
+        return vectors[places].reshape(*documents.shape, self._corpus.dimension)
 
     def spread(self, count: int) -> np.ndarray:
         """See :class:`ranking.Corpus`."""
@@ -136,14 +146,15 @@ class StoreCorpus:
         deepest = min(self.depth, self._corpus.documents)
         ranks = {int(n): ranks_of(int(deepest - n)) for n in np.unique(n_taken)}
         limit = max(int(own.max(initial=-1)) + 1 + n for n, own in ranks.items())
-        rows, _ = self._store.search(self._corpus.collection, unit_length(queries.copy()), max(1, limit))
+        rows, _ = self._search(queries, max(1, limit))
         sampled = np.full((len(queries), max(map(len, ranks.values()))), -1, dtype=np.int64)
         for query, found in enumerate(rows):
             left = found[(found >= 0) & ~np.isin(found, taken[query])]
             own = ranks[int(n_taken[query])]
             own = left[own[own < len(left)]]  # an index that approximates may find fewer than there are
             sampled[query, : len(own)] = own
-        self._fetch_texts(sampled)
+        for texts in (self.dataset.documents, self.dataset.document_ids):
+            texts.fetch(np.unique(sampled[sampled >= 0]))  # the teacher is going to read them
         return sampled
 
     def measure(
@@ -153,37 +164,39 @@ class StoreCorpus:
         first: Scored | None = None,
         keep: Keep | None = None,
     ) -> dict[str, np.ndarray]:
-        """See :class:`ranking.Corpus`; the metrics are :func:`metrics.cut_metrics`."""
+        """See :class:`ranking.Corpus`; the metrics are :func:`metrics.cut_metrics`.
+
+        As many results more as there are scored documents: so the residual ranking has as many as the ranking itself.
+        """
         metrics = {name: np.empty(len(queries)) for name in cut_metric_names(self.depth)}
-        size = max(1, BLOCK_RESULTS // self.depth)
+        more = 0 if scored is None else int(np.diff(scored.indptr).max(initial=0))
+        limit = min(self.depth + more, self._corpus.documents, MOST_RESULTS)
+        size = max(1, BLOCK_RESULTS // limit)
         for start in range(0, len(queries), size):
             rows = slice(start, min(start + size, len(queries)))
-            documents, cosines = self._store.search(
-                self._corpus.collection, unit_length(queries[rows].copy()), min(self.depth, self._corpus.documents)
-            )
+            documents, cosines = self._search(queries[rows], limit)
             for i, query in enumerate(range(rows.start, rows.stop)):
                 if first is not None:
                     documents[i], cosines[i] = scored_first(documents[i], cosines[i], first[0][query], first[1][query])
                 for name, value in self._metrics(query, documents[i], scored).items():
                     metrics[name][query] = value
             if keep is not None:
-                self._fetch_texts(documents)
-                keep(rows, documents, cosines)
+                keep(rows, documents[:, : self.depth], cosines[:, : self.depth])
         return metrics
+
+    def _search(self, queries: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """First results; an index that approximates finds the same first ones whatever the limit."""
+        return self._store.search(self._corpus.collection, unit_length(queries.copy()), limit, care=self.depth)
 
     def _metrics(self, query: int, documents: np.ndarray, scored: csr_array | None) -> dict[str, float]:
         relevant = row_of(self.dataset.relevance, query)
-        ranks = np.flatnonzero(np.isin(documents, relevant))
+        ranks = np.flatnonzero(np.isin(documents[: self.depth], relevant))
         if scored is None:
             return cut_metrics(ranks, len(relevant), self.depth)
         own = row_of(scored, query)
-        n_left = len(np.setdiff1d(relevant, own))
-        return cut_metrics(ranks, len(relevant), self.depth, np.flatnonzero(np.isin(documents, own)), n_left)
-
-    def _fetch_texts(self, documents: np.ndarray) -> None:
-        different = np.unique(documents[documents >= 0])
-        for texts in (self.dataset.documents, self.dataset.document_ids):
-            texts.fetch(different)
+        left = documents[~np.isin(documents, own)][: self.depth]
+        residual = np.flatnonzero(np.isin(left, relevant))
+        return cut_metrics(ranks, len(relevant), self.depth, residual, len(np.setdiff1d(relevant, own)))
 
 
 def scored_first(
@@ -198,12 +211,17 @@ def scored_first(
         said: float32 [K], the teacher's scores, NaN for none.
 
     Returns:
-        the same documents in another order, and their scores: from 2 to 3 where the teacher gave one.
+        documents and scores, N as before: those that the teacher scored first, also where they were not among the
+        results, with scores from 2 to 3; then the others.
     """
-    scores = dict(zip(sampled.tolist(), said.tolist(), strict=True))
-    known = [place for place, document in enumerate(documents.tolist()) if not np.isnan(scores.get(document, np.nan))]
-    known.sort(key=lambda place: -scores[int(documents[place])])  # stable: equal ones stay in order
-    order = np.array([*known, *np.setdiff1d(np.arange(len(documents)), known)], dtype=np.int64)
-    cosines = cosines[order]
-    cosines[: len(known)] = 3 - np.arange(len(known)) / max(1, len(known))
-    return documents[order], cosines
+    there = {document: place for place, document in enumerate(documents.tolist()) if document >= 0}
+    pairs = zip(sampled.tolist(), said.tolist(), strict=True)
+    known = [(-score, there.get(own, len(documents)), own) for own, score in pairs if own >= 0 and not np.isnan(score)]
+    first = [own for *_, own in sorted(known)]  # equal ones as they were ranked
+    rest = [place for own, place in there.items() if own not in set(first)]
+    ranked = np.array([*first, *documents[rest].tolist()], dtype=np.int64)
+    scores = np.concatenate([3 - np.arange(len(first)) / max(1, len(first)), cosines[rest]]).astype(np.float32)
+    found, found_scores = np.full_like(documents, -1), np.full_like(cosines, np.nan)
+    n = min(len(documents), len(ranked))
+    found[:n], found_scores[:n] = ranked[:n], scores[:n]
+    return found, found_scores

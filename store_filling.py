@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from cache_utils import text_keys
+import numpy as np
+
+from cache_utils import first_places, text_keys
 from dataset_loaders import corpus_stretches, dataset_facts
 from embedders import TextEmbedder
-from errors import RunError
+from errors import RunError, UserError
 from experiment_config import ExperimentConfig
 from instruction_templates import EmbeddingTemplates
 from mapped_vectors import unit_length
 from run_log import Progress
-from vector_store import StoredCorpus, VectorStore, corpus_to_store
+from vector_store import MOST_BYTES, StoredCorpus, VectorStore, corpus_to_store
 
 logger = logging.getLogger(__name__)
 
@@ -35,17 +37,18 @@ def fill_store(
         what the store holds now.
 
     Raises:
+        UserError: an id occurs twice, or is too long.
         RunError: vectors are missing, or the store fails.
     """
     facts = dataset_facts(config.dataset, config.data_dir)
-    corpus = corpus_to_store(facts, embedder.setup, templates.document, facts.documents)
-    for held in store.corpora():
-        if (held.collection, held.corpus) == (corpus.collection, corpus.corpus):
-            return held
     embedder.cache.refresh()
     if embedder.cache.dimension is None:
         raise RunError(f"--cache_dir: {embedder.cache.folder} holds no vectors of {facts.name}")
-    there = store.prepare(corpus, embedder.cache.dimension)
+    corpus = corpus_to_store(facts, embedder.setup, templates.document, embedder.cache.dimension)
+    for held in store.corpora():
+        if held.collection == corpus.collection and store.count(held.collection) == held.documents:
+            return held
+    there = store.prepare(corpus)
     if there:
         logger.info("%s has %d of %d documents already", corpus.collection, there, corpus.documents)
     with Progress(corpus.documents, "document", f"fill {corpus.collection}") as progress:
@@ -69,9 +72,19 @@ def _insert(
 ) -> tuple[int, int]:
     """Insert the documents from the one numbered ``there`` on; returns how many there are, and how many were cut."""
     first = cut = 0
+    seen = np.empty(0, dtype=np.uint64)
     for ids, documents in corpus_stretches(config.dataset, config.data_dir):
+        new, seen = first_places(text_keys(ids, "id"), seen)
+        if len(new) < len(ids):
+            twice = ids[int(np.setdiff1d(np.arange(len(ids)), new)[0])]
+            raise UserError(f"--dataset: {config.dataset}: document {twice!r} occurs twice")
+        if longest := next((i for i in ids if len(i.encode()) > MOST_BYTES), ""):
+            what = f"the id {longest[:40]!r}… is longer than a store takes, {MOST_BYTES} bytes"
+            raise UserError(f"--dataset: {config.dataset}: {what}")
         skipped = min(len(ids), max(0, there - first))
         first, ids, documents = first + skipped, ids[skipped:], documents[skipped:]
+        if not ids:
+            continue
         keys = text_keys([templates.fill_document(text) for text in documents], "document")
         try:
             vectors = unit_length(embedder.cache.load(keys))

@@ -1,8 +1,9 @@
 """A vector store: where a corpus lives with its vectors, outside this program. Knows no query and no method.
 
 The store is Milvus: embedded in a file (Milvus Lite), or a server or cluster at an address; the same code for all.
-Documents have their place in the corpus as primary key, ``row``. What a collection holds is written into a collection
-of its own, ``REGISTRY``, when it is complete: one that is not there is unfinished, and filling it goes on.
+Documents have their place in the corpus as primary key, ``row``. Each version of a corpus, model and template has a
+collection of its own. What it holds is written into another one, ``REGISTRY``, when it is complete: a collection that
+is not there is unfinished, and filling it goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,10 @@ INSTALL = "pip install -r requirements-scale.txt"
 REGISTRY = "refinement_corpora"
 MOST_BYTES = 65_535  # of a text field of Milvus
 MOST_ASKED = 1000  # rows asked for by key at once
-REQUEST_BYTES = 8 << 20  # of an insertion; a server takes 64 MiB
+REQUEST_BYTES = 8 << 20  # of what is sent at once; a server takes 64 MiB
 REQUEST_HITS = 100_000  # results of one search
+REQUEST_QUERIES = 16_384  # of one search, the most that Milvus takes
+STRONG = "Strong"  # consistency: what was written is read
 CONNECT_SECONDS = 20.0
 # What an index needs to be told to find so many results. Those not named need nothing.
 SEARCH_SETTINGS: Mapping[str, Callable[[int], dict[str, Any]]] = {
@@ -52,6 +56,7 @@ class StoredCorpus:
         embedder: what, beside a text, made its vector, as ``TextEmbedder.setup``.
         template: of documents.
         documents: how many.
+        dimension: D of their vectors.
         task_type: of the dataset.
         instruction: of the dataset; None where the templates' file has it.
     """
@@ -62,6 +67,7 @@ class StoredCorpus:
     embedder: dict[str, Any]
     template: str
     documents: int
+    dimension: int
     task_type: str
     instruction: str | None
 
@@ -70,16 +76,19 @@ class StoredCorpus:
         return DatasetFacts(self.dataset, self.task_type, self.instruction, 0, self.documents, self.corpus, self.corpus)
 
 
-def corpus_to_store(facts: DatasetFacts, embedder: Mapping[str, Any], template: str, documents: int) -> StoredCorpus:
+def corpus_to_store(
+    facts: DatasetFacts, embedder: Mapping[str, Any], template: str, dimension: int
+) -> StoredCorpus:
     """What a collection of a dataset, embedded with a model, will hold."""
     name = re.sub(r"\W", "_", slug(facts.name), flags=re.ASCII)
     return StoredCorpus(
-        collection=f"c_{name}_{short_hash([facts.name, dict(embedder), template])}",
+        collection=f"c_{name}_{short_hash([facts.name, facts.corpus, dict(embedder), template])}",
         dataset=facts.name,
         corpus=facts.corpus,
         embedder=dict(embedder),
         template=template,
-        documents=documents,
+        documents=facts.documents,
+        dimension=dimension,
         task_type=facts.task_type,
         instruction=facts.instruction,
     )
@@ -135,8 +144,7 @@ class VectorStore:
     def __init__(self, spec: str) -> None:
         pymilvus = _pymilvus()
         self.spec, self._types = spec, pymilvus.DataType
-        file = file_of(spec)
-        self._is_file = file is not None
+        self._file = file = file_of(spec)
         arguments: dict[str, Any] = {"uri": str(file) if file else spec.partition(":")[2]}
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -144,16 +152,24 @@ class VectorStore:
             arguments["token"] = token
         try:
             self._client = pymilvus.MilvusClient(**arguments, timeout=CONNECT_SECONDS)
-        except pymilvus.MilvusException as error:
-            hint = "; is it open in another process, or no store?" if self._is_file else "; is the server there?"
+        except (pymilvus.MilvusException, ValueError) as error:
+            hint = "; is it open in another process, or no store?" if self._file else "; is the server there?"
             raise UserError(f"{FLAG}: {spec} cannot be opened ({_reason(error)}){hint}") from None
-        self._settings: dict[str, Callable[[int], dict[str, Any]]] = {}
+        self._indexes: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {}
 
     def __enter__(self) -> VectorStore:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others open it; a file's engine would run on to the end of this process, and keep it."""
         self._client.close()
+        if self._file:
+            from milvus_lite.server_manager import server_manager_instance
+
+            server_manager_instance.release_server(str(self._file))
 
     @contextlib.contextmanager
     def _asking(self, what: str) -> Iterator[None]:
@@ -174,55 +190,66 @@ class VectorStore:
             if not self._client.has_collection(REGISTRY):
                 return []
             self._client.load_collection(REGISTRY)
-            rows = self._registered('name != ""')
+            rows = self._client.query(
+                REGISTRY, filter='name != ""', output_fields=["facts"], consistency_level=STRONG
+            )
+            there = set(self._client.list_collections())
         found = []
         for row in rows:
             with contextlib.suppress(ValueError, TypeError):  # of another version of this program
                 found.append(StoredCorpus(**json.loads(row["facts"])))
+        found = [own for own in found if own.collection in there]  # people drop collections
         return sorted(found, key=lambda corpus: corpus.collection)
 
     def count(self, collection: str) -> int:
         """Documents in a collection."""
         with self._asking("count documents"):
-            rows = self._client.query(collection, output_fields=["count(*)"], consistency_level="Strong")
+            rows = self._client.query(collection, output_fields=["count(*)"], consistency_level=STRONG)
         return int(rows[0]["count(*)"])
 
     # --- Filling ---
 
-    def prepare(self, corpus: StoredCorpus, dimension: int) -> int:
+    def prepare(self, corpus: StoredCorpus) -> int:
         """Make a collection, or find the one that an earlier, unfinished filling has left.
 
         Args:
-            corpus: what it is going to hold. One that holds another version of the corpus is emptied first.
-            dimension: of the vectors.
+            corpus: what it is going to hold.
 
         Returns:
             how many of the first documents are there already.
         """
         name = corpus.collection
         with self._asking("make a collection"):
-            self._make_registry()
-            if self._client.has_collection(name):
-                self._client.load_collection(name)
-                if self._held_version(name) == corpus.corpus:
-                    last = REQUEST_BYTES // (4 * dimension)  # documents of the last request, which may have holes
-                    return max(0, self.count(name) - last)
-                logger.warning("%s holds another version of %s and is filled anew", name, corpus.dataset)
-                self._client.delete(REGISTRY, ids=[name])
-                self._client.drop_collection(name)
-            schema = self._client.create_schema(auto_id=False)
-            schema.add_field("row", self._types.INT64, is_primary=True)
-            schema.add_field("document_id", self._types.VARCHAR, max_length=MOST_BYTES)
-            schema.add_field("text", self._types.VARCHAR, max_length=MOST_BYTES)
-            schema.add_field("vector", self._types.FLOAT_VECTOR, dim=dimension)
-            index = self._client.prepare_index_params()
+            self._make(REGISTRY, self._registry_fields, "nothing", ("FLAT", "L2", {}))
             # A file is searched exactly; a server has an index that grows slowly with the corpus.
-            kind, settings = ("FLAT", {}) if self._is_file else ("HNSW", {"M": 16, "efConstruction": 200})
-            index.add_index(field_name="vector", index_type=kind, metric_type="COSINE", params=settings)
-            # Which version is coming is on record before the first document is there.
-            self._register(f"{name} version", corpus.corpus)
-            self._client.create_collection(name, schema=schema, index_params=index)
-        return 0
+            kind = ("FLAT", "COSINE", {}) if self._file else ("HNSW", "COSINE", {"M": 16, "efConstruction": 200})
+            self._make(name, partial(self._corpus_fields, corpus.dimension), "vector", kind)
+        last = REQUEST_BYTES // (4 * corpus.dimension)  # documents of the last request, which may have holes
+        return max(0, self.count(name) - last)
+
+    def _make(self, name: str, fields: Callable[[Any], Any], vector: str, index: tuple[str, str, dict]) -> None:
+        """Make a collection with an index, as far as it is not there: a kill may have come between the two."""
+        if not self._client.has_collection(name):
+            schema = self._client.create_schema(auto_id=False)
+            fields(schema)
+            self._client.create_collection(name, schema=schema, consistency_level=STRONG)
+        if not self._client.list_indexes(name, field_name=vector):
+            kind, metric, settings = index
+            parameters = self._client.prepare_index_params()
+            parameters.add_index(field_name=vector, index_type=kind, metric_type=metric, params=settings)
+            self._client.create_index(name, parameters)
+        self._client.load_collection(name)
+
+    def _corpus_fields(self, dimension: int, schema: Any) -> None:
+        schema.add_field("row", self._types.INT64, is_primary=True)
+        schema.add_field("document_id", self._types.VARCHAR, max_length=MOST_BYTES)
+        schema.add_field("text", self._types.VARCHAR, max_length=MOST_BYTES)
+        schema.add_field("vector", self._types.FLOAT_VECTOR, dim=dimension)
+
+    def _registry_fields(self, schema: Any) -> None:
+        schema.add_field("name", self._types.VARCHAR, is_primary=True, max_length=512)
+        schema.add_field("facts", self._types.VARCHAR, max_length=MOST_BYTES)
+        schema.add_field("nothing", self._types.FLOAT_VECTOR, dim=2)  # a collection must have a vector
 
     def insert(
         self,
@@ -272,40 +299,22 @@ class VectorStore:
                 f"{FLAG}: {corpus.collection} has {count} of {corpus.documents} documents; the same command goes on"
             )
         with self._asking("store what it was given"):
-            self._register(corpus.collection, json.dumps(asdict(corpus)))
+            row = {"name": corpus.collection, "facts": json.dumps(asdict(corpus)), "nothing": [0.0, 0.0]}
+            self._client.upsert(REGISTRY, [row])
             self._client.flush(REGISTRY)
-
-    def _make_registry(self) -> None:
-        if self._client.has_collection(REGISTRY):
-            self._client.load_collection(REGISTRY)
-            return
-        schema = self._client.create_schema(auto_id=False)
-        schema.add_field("name", self._types.VARCHAR, is_primary=True, max_length=512)
-        schema.add_field("facts", self._types.VARCHAR, max_length=MOST_BYTES)
-        schema.add_field("nothing", self._types.FLOAT_VECTOR, dim=2)  # a collection must have a vector
-        index = self._client.prepare_index_params()
-        index.add_index(field_name="nothing", index_type="FLAT", metric_type="L2")
-        self._client.create_collection(REGISTRY, schema=schema, index_params=index)
-
-    def _register(self, name: str, facts: str) -> None:
-        self._client.upsert(REGISTRY, [{"name": name, "facts": facts, "nothing": [0.0, 0.0]}])
-
-    def _held_version(self, name: str) -> str | None:
-        rows = self._registered(f'name == "{name} version"')
-        return rows[0]["facts"] if rows else None
-
-    def _registered(self, which: str) -> list[dict[str, Any]]:
-        return self._client.query(REGISTRY, filter=which, output_fields=["facts"], consistency_level="Strong")
 
     # --- Reading ---
 
-    def search(self, collection: str, queries: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, collection: str, queries: np.ndarray, limit: int, care: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The first results of some queries.
 
         Args:
             collection: where.
             queries: float32 [Q, D].
             limit: results a query.
+            care: an index that approximates looks as hard as for so many results, where that is more.
 
         Returns:
             int64 [Q, limit], documents by their place in the corpus, -1 where there are fewer; and float32 [Q, limit],
@@ -313,16 +322,17 @@ class VectorStore:
         """
         rows = np.full((len(queries), limit), -1, dtype=np.int64)
         cosines = np.full((len(queries), limit), np.nan, dtype=np.float32)
-        size = max(1, REQUEST_HITS // limit)
+        size = max(1, min(REQUEST_HITS // limit, REQUEST_QUERIES, REQUEST_BYTES // (4 * queries.shape[1])))
         for start in range(0, len(queries), size):
             with self._asking("search"):
+                metric, settings = self._ready(collection)
                 found = self._client.search(
                     collection,
                     data=list(queries[start : start + size]),
                     anns_field="vector",
                     limit=limit,
                     output_fields=["row"],
-                    search_params={"metric_type": "COSINE", "params": self._ready(collection)(limit)},
+                    search_params={"metric_type": metric, "params": settings(max(limit, care))},
                 )
             for query, hits in enumerate(found, start):
                 own = np.array([hit["row"] for hit in hits], dtype=np.int64)
@@ -331,44 +341,69 @@ class VectorStore:
                 rows[query, : len(own)], cosines[query, : len(own)] = own[order], scores[order]
         return rows, cosines
 
-    def _ready(self, collection: str) -> Callable[[int], dict[str, Any]]:
-        """Have a collection loaded, which a server does once; returns what its index wants to be told."""
-        if collection not in self._settings:
-            kind = self._client.describe_index(collection, "vector").get("index_type", "")
-            known = (own for name, own in SEARCH_SETTINGS.items() if kind.startswith(name))
-            self._settings[collection] = next(known, lambda _: {})
+    def _ready(self, collection: str) -> tuple[str, Callable[[int], dict[str, Any]]]:
+        """Have a collection loaded, which a server does once; returns its index's metric, and what it wants to be told.
+
+        On vectors of unit length, COSINE and IP are the same.
+        """
+        if collection not in self._indexes:
+            name = self._client.list_indexes(collection, field_name="vector")[0]  # people may name it as they like
+            index = self._client.describe_index(collection, name)
+            kind, metric = index.get("index_type", ""), index.get("metric_type", "COSINE")
+            if metric not in ("COSINE", "IP"):
+                raise UserError(f"{FLAG}: the index of {collection} is by {metric}, it must be by COSINE or IP")
+            known = (own for prefix, own in SEARCH_SETTINGS.items() if kind.startswith(prefix))
             self._client.load_collection(collection)
-        return self._settings[collection]
+            self._indexes[collection] = metric, next(known, lambda _: {})
+        return self._indexes[collection]
 
     def fetch(self, collection: str, rows: Iterable[int], fields: Sequence[str]) -> dict[int, dict[str, Any]]:
-        """Fields of some documents, by their place in the corpus.
+        """Fields of some documents, by their place in the corpus; for vectors there is :meth:`fetch_vectors`.
 
         Raises:
             RunError: one is not there.
         """
-        wanted = [int(row) for row in rows]
-        with self._asking("load a collection"):
-            self._ready(collection)
         found: dict[int, dict[str, Any]] = {}
-        for start in range(0, len(wanted), MOST_ASKED):
-            own = wanted[start : start + MOST_ASKED]
-            with self._asking("give documents"):
-                answers = self._client.get(collection, ids=own, output_fields=["row", *fields])
-            found |= {answer["row"]: answer for answer in answers}
-        if missing := [row for row in wanted if row not in found]:
-            raise RunError(f"{FLAG}: {collection} has no document {missing[0]}; drop it and fill it again")
+        for answers in self._answers(collection, [int(row) for row in rows], fields):
+            found |= answers
         return found
+
+    def fetch_vectors(self, corpus: StoredCorpus, rows: np.ndarray) -> np.ndarray:
+        """Vectors of documents, by their place in the corpus: int64 [n] in, float32 [n, D] out.
+
+        Raises:
+            RunError: one is not there.
+        """
+        vectors, done = np.empty((len(rows), corpus.dimension), dtype=np.float32), 0
+        for answers in self._answers(corpus.collection, rows.tolist(), ["vector"]):
+            for row in rows[done : done + MOST_ASKED].tolist():  # as lists of Python's numbers, some at a time
+                vectors[done] = answers[row]["vector"]
+                done += 1
+        return vectors
+
+    def _answers(
+        self, collection: str, rows: Sequence[int], fields: Sequence[str]
+    ) -> Iterator[dict[int, dict[str, Any]]]:
+        """The fields of ``MOST_ASKED`` documents at a time, by their place."""
+        for start in range(0, len(rows), MOST_ASKED):
+            own = rows[start : start + MOST_ASKED]
+            with self._asking("give documents"):
+                self._ready(collection)
+                found = self._client.get(collection, ids=list(own), output_fields=["row", *fields])
+            answers = {answer["row"]: answer for answer in found}
+            if missing := [row for row in own if row not in answers]:
+                raise RunError(f"{FLAG}: {collection} has no document {missing[0]}; drop it and fill it again")
+            yield answers
 
     def places(self, collection: str, document_ids: Iterable[str]) -> dict[str, int]:
         """Where documents are in the corpus, by their ids; those that are not there are left out."""
         wanted, found = list(document_ids), {}
-        with self._asking("load a collection"):
-            self._ready(collection)
         for start in range(0, len(wanted), MOST_ASKED):
-            names = json.dumps(wanted[start : start + MOST_ASKED], ensure_ascii=False)
+            names = ", ".join(map(_quoted, wanted[start : start + MOST_ASKED]))
             with self._asking("look up document ids"):
+                self._ready(collection)
                 answers = self._client.query(
-                    collection, filter=f"document_id in {names}", output_fields=["row", "document_id"]
+                    collection, filter=f"document_id in [{names}]", output_fields=["row", "document_id"]
                 )
             found |= {answer["document_id"]: answer["row"] for answer in answers}
         return found
@@ -386,12 +421,21 @@ def _requests(texts: Sequence[bytes], each: int) -> Iterator[tuple[int, int]]:
         yield start, len(texts)
 
 
+def _quoted(text: str) -> str:
+    """A text as Milvus's filters write it; JSON's escapes by number are none of theirs."""
+    for letter, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r"), ("\t", "\\t")):
+        text = text.replace(letter, escaped)
+    return f'"{text}"'
+
+
 def _reason(error: Exception) -> str:
     """What Milvus says, in one line."""
     return " ".join(str(getattr(error, "message", "") or error).split())[:300]
 
 
-def find_corpus(store: VectorStore, embedder: Mapping[str, Any], template: str, dataset: str | None) -> StoredCorpus:
+def find_corpus(
+    store: VectorStore, embedder: Mapping[str, Any], template: str, dataset: str | None, version: str = ""
+) -> StoredCorpus:
     """The collection that holds a dataset, embedded with a model.
 
     Args:
@@ -399,18 +443,29 @@ def find_corpus(store: VectorStore, embedder: Mapping[str, Any], template: str, 
         embedder: as ``TextEmbedder.setup``.
         template: of documents.
         dataset: its name; None where there is only one.
+        version: of its corpus, as ``DatasetFacts.corpus``; empty where only the store knows it.
 
     Raises:
         UserError: there is none, or more than one.
     """
     there = store.corpora()
     fitting = [own for own in there if own.embedder == dict(embedder) and own.template == template]
-    found = [own for own in fitting if dataset in (None, own.dataset)]
+    named = [own for own in fitting if dataset in (None, own.dataset)]
+    found = [own for own in named if version in ("", own.corpus)]
     if len(found) == 1:
         return found[0]
-    if found:
-        names = ", ".join(own.dataset for own in found)
+    if len({own.dataset for own in found}) > 1:
+        names = ", ".join(sorted({own.dataset for own in found}))
         raise UserError(f"{FLAG}: {store.spec} holds {names} with this model; choose one with --dataset")
+    if found:
+        names = ", ".join(f"{own.collection} ({own.documents} documents)" for own in found)
+        raise UserError(
+            f"{FLAG}: {store.spec} holds several versions of {found[0].dataset}: {names}; with its corpus.jsonl in the "
+            "dataset's folder a run takes the right one; or drop the others"
+        )
+    if named:
+        what = f"{named[0].dataset} as it was ({named[0].documents} documents) and not as it is now"
+        raise UserError(f"{FLAG}: {store.spec} holds {what}; embed_all_documents.py {FLAG} {store.spec} adds that")
     holds = ", ".join(f"{own.dataset} with {own.embedder.get('model')}" for own in there) or "nothing complete"
-    what = f"{dataset or 'nothing'} with {embedder.get('model')}, its revision, precision, length limit and template"
+    what = f"{dataset or 'a corpus'} with {embedder.get('model')}, its revision, precision, length limit and template"
     raise UserError(f"{FLAG}: {store.spec} does not hold {what}; it holds {holds}; fill it with embed_all_documents.py")

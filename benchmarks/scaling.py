@@ -136,8 +136,7 @@ def far_away(record: Record, store: Mapping[str, float]) -> dict[str, str]:
         "disk_rate": f"{DISK / 1e9:.0f} GB/s",
         "gpu_rate": f"{GPU_TEXTS:,}",
         "gpu_days": f"{FAR / GPU_TEXTS / 86400:.1f} GPU-days",
-        "raw_all": f"{12 * DOCUMENTS[-1] / 1e6:.0f} MB",
-        "driver": f"{24 * FAR / GIB:.0f} GiB",
+        "driver": f"{32 * FAR / GIB:.0f} GiB",
         "block": f"{4 * FAR / GIB:.1f} GiB",
     }
 

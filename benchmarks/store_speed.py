@@ -105,11 +105,11 @@ def measure_here(n_documents: int, dimension: int, n_queries: int) -> dict[str, 
     rng, found = np.random.default_rng(0), {}
     queries = unit_length(rng.standard_normal((n_queries, dimension), dtype=np.float32))
     facts = DatasetFacts("synthetic", "search", None, 0, n_documents, "1", "1")
-    corpus = corpus_to_store(facts, {"model": "random"}, "{text}", n_documents)
+    corpus = corpus_to_store(facts, {"model": "random"}, "{text}", dimension)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         with VectorStore(f"milvus:{folder}/store.db") as store:
-            store.prepare(corpus, dimension)
+            store.prepare(corpus)
             for first in range(0, n_documents, STRETCH):
                 rows = range(first, min(first + STRETCH, n_documents))
                 vectors = unit_length(rng.standard_normal((len(rows), dimension), dtype=np.float32))
@@ -124,7 +124,8 @@ def measure_here(n_documents: int, dimension: int, n_queries: int) -> dict[str, 
             found["open"] = time.perf_counter() - started
             for depth in (20, 1000):
                 started = time.perf_counter()
-                store.search(corpus.collection, queries, depth)
+                for query in queries:
+                    store.search(corpus.collection, query[None], depth)
                 found[f"ms_at_{depth}"] = 1000 * (time.perf_counter() - started) / n_queries
     found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return found

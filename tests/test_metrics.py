@@ -77,10 +77,10 @@ def test_a_cut_ranking_agrees_with_ir_measures(depth, seed):
 
 def test_residual_metrics_of_a_cut_ranking():
     # relevant: ranks 0, 3 and 5, and two that were not found; ranks 0 and 1 are scored, and one of those not found
-    found = cut_metrics(np.array([0, 3, 5]), 5, 10, np.array([0, 1]), n_left=3)
+    found = cut_metrics(np.array([0, 3, 5]), 5, 10, np.array([1, 3]), n_left=3)
     assert found["residual_map_at_10"] == pytest.approx((1 / 2 + 2 / 4) / 3)
     assert found["residual_recall_at_10"] == pytest.approx(2 / 3)
-    assert math.isnan(cut_metrics(np.array([0]), 1, 10, np.array([0]), n_left=0)["residual_map_at_10"])
+    assert math.isnan(cut_metrics(np.array([0]), 1, 10, np.array([], dtype=int), n_left=0)["residual_map_at_10"])
 
 
 def test_without_relevant_documents_there_is_no_metric_and_no_part_in_the_mean():

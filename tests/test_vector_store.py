@@ -17,13 +17,15 @@ import pytest
 from conftest import MINILM, ROOT, run_script, write_folder_dataset
 from llm_endpoint import MODEL
 
+from dataset_loaders import corpus_stretches, dataset_facts
 from errors import RunError, UserError
 from experiment_config import build_config
-from instruction_templates import read_templates
+from instruction_templates import read_templates, templates_for
 from mapped_vectors import unit_length
 from ranking import ExactCorpus, sampled_ranks
 from retrieval_dataset import DatasetFacts, RetrievalDataset, pairs_to_matrix
 from run_setup import check_run, load_data, make_embedder
+from store_filling import fill_store
 from vector_store import MOST_BYTES, VectorStore, check_store, corpus_to_store, find_corpus
 
 RUN, EMBED, SEARCH = "embedding_adaptation.py", "embed_all_documents.py", "search.py"
@@ -42,12 +44,12 @@ def error_of(arguments, **more):
 def made_up(n=500, dimension=16, version="1"):
     rng = np.random.default_rng(3)
     ids = [f"d{i}" for i in range(n)]
-    ids[:4] = ['a "quoted" one', "it's", "Ünï–cödé 文", "back\\slash"]
+    ids[:6] = ['a "quoted" one', "it's", "Ünï–cödé 文", "back\\slash", "bell\x07", "tab\tand\nnew line"]
     texts = [f"text {i}" for i in range(n)]
     texts[1] = "ü" * MOST_BYTES
     vectors = unit_length(rng.standard_normal((n, dimension)).astype(np.float32))
     facts = DatasetFacts("made-up", "search", None, 0, n, version, version)
-    return corpus_to_store(facts, {"model": "m"}, "{text}", n), ids, texts, vectors
+    return corpus_to_store(facts, {"model": "m"}, "{text}", dimension), ids, texts, vectors
 
 
 def fill(store, corpus, ids, texts, vectors, start=0, end=None):
@@ -80,7 +82,7 @@ def test_what_is_filled_is_found(tmp_path, is_server):
     with served(tmp_path / "served") if is_server else contextlib.nullcontext(f"milvus:{tmp_path / 'a.db'}") as spec:
         with VectorStore(spec) as store:
             assert store.corpora() == []
-            assert store.prepare(corpus, 16) == 0
+            assert store.prepare(corpus) == 0
             assert fill(store, corpus, ids, texts, vectors) == 1  # a text that is too long
             store.finish(corpus)
         with VectorStore(spec) as store:
@@ -99,25 +101,31 @@ def test_what_is_filled_is_found(tmp_path, is_server):
                 store.fetch(corpus.collection, [3, 500], ["text"])
 
 
-def test_filling_goes_on_and_another_version_replaces_the_first(tmp_path):
+def test_filling_goes_on_and_another_version_has_its_own_collection(tmp_path):
     corpus, ids, texts, vectors = made_up()
     with VectorStore(f"milvus:{tmp_path / 'a.db'}") as store:
-        store.prepare(corpus, 16)
+        store.prepare(corpus)
         fill(store, corpus, ids, texts, vectors, 0, 200)  # and then it is killed
         with pytest.raises(UserError, match="nothing complete"):
             find_corpus(store, corpus.embedder, "{text}", None)
         with pytest.raises(RunError, match="200 of 500 documents"):
             store.finish(corpus)
-        fill(store, corpus, ids, texts, vectors, store.prepare(corpus, 16))
+        fill(store, corpus, ids, texts, vectors, store.prepare(corpus))
         store.finish(corpus)
         assert store.count(corpus.collection) == 500
         newer, *_ = made_up(300, version="2")
-        assert newer.collection == corpus.collection
-        assert store.prepare(newer, 16) == 0
-        assert store.corpora() == []  # nobody searches half of it
+        assert store.prepare(newer) == 0
+        assert store.corpora() == [corpus]  # nobody searches half of it
         fill(store, newer, ids[:300], texts[:300], vectors[:300])
         store.finish(newer)
-        assert store.corpora() == [newer] and store.count(corpus.collection) == 300
+        assert find_corpus(store, corpus.embedder, "{text}", "made-up", "1") == corpus
+        assert find_corpus(store, corpus.embedder, "{text}", "made-up", "2") == newer
+        with pytest.raises(UserError, match="several versions of made-up"):
+            find_corpus(store, corpus.embedder, "{text}", "made-up")
+        with pytest.raises(UserError, match=r"holds made-up as it was \([35]00 documents\)"):
+            find_corpus(store, corpus.embedder, "{text}", "made-up", "3")
+        store._client.drop_collection(corpus.collection)  # as people do
+        assert store.corpora() == [newer]
 
 
 def test_samples_and_figures_are_those_of_the_exact_corpus(tmp_path):
@@ -128,7 +136,7 @@ def test_samples_and_figures_are_those_of_the_exact_corpus(tmp_path):
     queries = rng.standard_normal((7, 16)).astype(np.float32)
     relevance = pairs_to_matrix([(int(q), int(d)) for q, d in zip(rng.integers(0, 6, 90), rng.integers(0, 500, 90), strict=True)], 7, 500)
     with VectorStore(f"milvus:{tmp_path / 'a.db'}") as store:
-        store.prepare(corpus, 16)
+        store.prepare(corpus)
         fill(store, corpus, ids, texts, vectors)
         names = ["made-up", ids, [f"q{i}" for i in range(7)], relevance, "search"]
         exact = ExactCorpus(vectors, RetrievalDataset(names[0], texts, names[1], names[2], names[2], *names[3:]))
@@ -153,6 +161,21 @@ def test_samples_and_figures_are_those_of_the_exact_corpus(tmp_path):
         figures = shallow.measure(queries)
         assert "map" not in figures and (figures["map_at_30"] <= whole["map"] + 1e-9)[:6].all()
         assert np.isnan(figures["residual_map_at_30"]).all()
+        assert stored.vectors(np.empty((7, 0), dtype=np.int64)).shape == (7, 0, 16)
+        # What the teacher saw in a later round may lie beyond the first results: it comes first all the same, and the
+        # residual ranking is as deep as the ranking.
+        deep = exact.sample(queries, lambda n: np.arange(20, 60))
+        said, scored = np.tile(np.arange(40, 0, -1, dtype=np.float32), (7, 1)), pairs_to_matrix([(q, int(d)) for q, row in enumerate(deep) for d in row], 7, 500)
+        written = {}
+        cut = shallow.measure(queries, scored, (deep, said), lambda rows, documents, scores: written.update({rows.start: documents}))
+        assert np.array_equal(written[0], deep[:, :30])
+        residual, place = exact.measure(queries, scored)["residual_map"], np.argsort(-(unit_length(queries.copy()) @ vectors.T), axis=1, kind="stable")
+        for q in range(6):
+            left = [d for d in place[q] if d not in deep[q]][:30]
+            relevant = set(exact.dataset.relevance[[q]].indices) - set(deep[q].tolist())
+            hits = np.flatnonzero([d in relevant for d in left])
+            expected = np.sum(np.arange(1, len(hits) + 1) / (hits + 1)) / len(relevant) if relevant else np.nan
+            assert cut["residual_map_at_30"][q] == pytest.approx(expected, nan_ok=True) and not expected > residual[q] + 1e-9
 
 
 # --- Runs ---
@@ -167,7 +190,7 @@ def demo_store(tmp_path_factory, minilm_cache):
     return spec
 
 
-def test_a_run_over_a_store_is_an_exact_run_that_is_cut(tmp_path, demo_store, minilm_cache):
+def test_a_run_over_a_store_is_an_exact_run_that_is_cut(tmp_path, demo_store, minilm_cache, endpoint):
     shared = ["--dataset", "Demo", "--embedding_model", MINILM, "--cache_dir", minilm_cache, "--output_dir", tmp_path]
     shared += ["--reranker_model", "gold-noisy", "--refinement_method", "centred_ridge", "--prf_weight", "0.2", "--feedback_rounds", "2"]
     run_script(RUN, *shared, "--experiment_name", "exact")
@@ -182,6 +205,9 @@ def test_a_run_over_a_store_is_an_exact_run_that_is_cut(tmp_path, demo_store, mi
         assert raw[0][column].astype(str).tolist() == raw[1][column].astype(str).tolist()
     assert np.allclose(raw[0].score, raw[1].score, atol=1e-5)
     assert np.allclose(raw[0].reranker_score, raw[1].reranker_score, equal_nan=True)
+    # As few results as scores, and both from two rankings: nothing is left for pseudo feedback to look at.
+    few = ["--search_depth", "20", "--computation_types", "optimized,gated_hyde", "--raw_scores", "scored", "--experiment_name", "few"]
+    assert "map_at_20" in run_script(RUN, *shared, *few, "--hyde_model", MODEL, "--vector_store", demo_store, env=endpoint().environment()).stdout
     table = run_script("report.py", tmp_path / "stored", "--metric", "map_at_338", "--out", tmp_path / "report").stdout
     assert f"{stored['optimized_embeddings']['map_at_338']:.4f}" in table
 
@@ -203,14 +229,52 @@ def test_the_documents_need_not_be_here(tmp_path, minilm_cache):
 
     config = build_config({"dataset": str(folder), "embedding_model": MINILM, "vector_store": spec, "cache_dir": str(minilm_cache)})
     prompts, embedder = read_templates(config.instruction_templates), make_embedder(config, "cpu")
+    facts = dataset_facts(str(folder), "data", needs_corpus=False)
     with VectorStore(spec) as store:
         with (folder / "qrels" / "test.tsv").open("a") as file:
-            file.write("q1\tnobody\t1\n".replace("q1", load_data(config, prompts, embedder, store)[0].query_ids[0]))
+            file.write("q1\tnobody\t1\n".replace("q1", load_data(config, prompts, facts, embedder, store)[0].query_ids[0]))
         with pytest.raises(UserError, match=r"qrels/test.tsv:\d+: document 'nobody' is not in the vector store"):
-            load_data(config, prompts, embedder, store)
+            load_data(config, prompts, facts, embedder, store)
         write_folder_dataset(folder, {"d0": "another"}, {"q0": "corpus"}, [("q0", "d0", 1)])
-        with pytest.raises(UserError, match="holds another version of demo"):
-            load_data(config, prompts, embedder, store)
+        with pytest.raises(UserError, match=r"holds demo as it was \(338 documents\) and not as it is now"):
+            load_data(config, prompts, dataset_facts(str(folder), "data"), embedder, store)
+
+
+def test_filling_a_corpus_of_many_stretches_goes_on_and_complains(tmp_path, minilm_cache, demo_store, monkeypatch):
+    monkeypatch.setattr("store_filling.corpus_stretches", partial(corpus_stretches, size=100))
+    monkeypatch.setattr("vector_store.REQUEST_BYTES", 4 * 384 * 10)
+    folder = tmp_path / "demo"
+    shutil.copytree(ROOT / "data" / "demo", folder)
+    config = build_config({"dataset": str(folder), "embedding_model": MINILM, "cache_dir": str(minilm_cache)})
+    embedder, prompts = make_embedder(config, "cpu"), read_templates(config.instruction_templates)
+    templates, facts = (templates_for(prompts, MINILM, dataset_facts(str(folder), "data")), dataset_facts(str(folder), "data"))
+    with VectorStore(f"milvus:{tmp_path / 'a.db'}") as store:
+        corpus, inserted = corpus_to_store(facts, embedder.setup, templates.document, 384), []
+        store.prepare(corpus)
+        insert = store.insert
+
+        def killed(corpus, first, ids, *others):
+            inserted.append((first, len(ids)))
+            if first >= 200 and len(inserted) < 4:
+                insert(corpus, first, ids[:50], *(own[:50] for own in others[:2]), others[2])
+                raise KeyboardInterrupt
+            return insert(corpus, first, ids, *others)
+
+        monkeypatch.setattr(store, "insert", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fill_store(store, config, embedder, templates)
+        assert store.corpora() == [] and store.count(corpus.collection) == 250
+        assert fill_store(store, config, embedder, templates) == store.corpora()[0] == corpus
+        assert inserted == [(0, 100), (100, 100), (200, 100), (240, 60), (300, 38)]
+        with VectorStore(demo_store) as whole:
+            rows = [own.fetch(own.corpora()[0].collection, range(338), ["text"]) for own in (store, whole)]
+        assert rows[0] == rows[1]
+        assert fill_store(store, config, embedder, templates) == corpus and len(inserted) == 5
+        lines = (folder / "corpus.jsonl").read_text().splitlines()
+        for last, message in ((lines[7], "occurs twice"), (json.dumps({"_id": "x" * 70_000, "text": "a"}), "longer than a store takes")):
+            (folder / "corpus.jsonl").write_text("\n".join([*lines, last]) + "\n")
+            with pytest.raises(UserError, match=message):
+                fill_store(store, config, embedder, templates)
 
 
 def test_one_query_before_and_after(tmp_path, demo_store, minilm_cache, endpoint):
@@ -238,6 +302,8 @@ def test_one_query_before_and_after(tmp_path, demo_store, minilm_cache, endpoint
     ("flags", "message"),
     [
         ({"vector_store": "chroma:a.db"}, "--vector_store: got 'chroma:a.db', must be milvus:FILE.db or milvus:http://HOST:PORT"),
+        ({"vector_store": "milvus:http://root:password@host:19530"}, "(a password goes into MILVUS_TOKEN in the environment)"),
+        ({"vector_store": "milvus:http://host:port"}, "must be milvus:FILE.db"),
         ({"vector_store": "milvus:a.txt"}, "--vector_store: got 'milvus:a.txt', must be"),
         ({"vector_store": "milvus:a.db", "search_depth": "10"}, "--search_depth: got 10, must be at least --total_scores, which is 20"),
         ({"search_depth": "20000"}, "--search_depth: got '20000', must be a whole number from 1 to 16384"),
@@ -286,4 +352,3 @@ def test_without_milvus_and_ray_everything_else_runs(tmp_path, minilm_cache):
     flags = ["--embedding_models", MINILM, "--cache_dir", minilm_cache, "--output_dir", tmp_path / "out", "--optimize_with_gold"]
     done = run_script("run_experiments.py", "--datasets", "Demo", *flags, env=env)
     assert "completed" in done.stderr
-    assert ROOT  # the scripts' folder
