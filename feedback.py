@@ -118,6 +118,8 @@ def next_documents(
             found[name] = in_turn(*firsts)
         else:
             found[name] = sample(current[name], start.sampled)
+    for sampled in found.values():
+        corpus.read(sampled)
     return found
 
 

@@ -215,6 +215,10 @@ class Corpus(Protocol):
         """Find the documents on some ranks of each query; as :func:`sample_documents`."""
         ...
 
+    def read(self, documents: np.ndarray) -> None:
+        """Have the texts of documents at hand, int64 [...], -1 for none, before somebody asks for them one by one."""
+        ...
+
     def measure(
         self,
         queries: np.ndarray,
@@ -258,6 +262,9 @@ class ExactCorpus:
     def spread(self, count: int) -> np.ndarray:
         """See :class:`Corpus`."""
         return self._documents[np.arange(0, len(self._documents), -(-len(self._documents) // count))]
+
+    def read(self, documents: np.ndarray) -> None:
+        """See :class:`Corpus`; they are at hand."""
 
     def sample(
         self, queries: np.ndarray, ranks_of: Callable[[int], np.ndarray], taken: np.ndarray | None = None

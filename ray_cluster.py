@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 import uuid
@@ -113,7 +114,7 @@ def joined(address: str | None) -> Iterator[Any]:
 def _use_token() -> None:
     """Have Ray show clusters the token that ``ray start`` has left here; it would try without, and reads this once."""
     kept = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if "RAY_AUTH_TOKEN" in os.environ or kept.is_file():
+    if "ray" not in sys.modules and ("RAY_AUTH_TOKEN" in os.environ or kept.is_file()):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 

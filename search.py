@@ -176,6 +176,7 @@ def search(
     before = store.search(corpus.collection, unit_length(vector.copy()), depth)
     # 2. The teacher scores the first results.
     sampled = ranked.sample(vector, partial(ranks_for_teacher, config, 0))
+    ranked.read(sampled)
     scores = ask(teacher, data, sampled)
     # 3. The query moves until it agrees with the teacher.
     refined = refine(Start(vector, sampled, scores), ranked, teacher, config)

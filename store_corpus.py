@@ -153,9 +153,12 @@ class StoreCorpus:
             own = ranks[int(n_taken[query])]
             own = left[own[own < len(left)]]  # an index that approximates may find fewer than there are
             sampled[query, : len(own)] = own
-        for texts in (self.dataset.documents, self.dataset.document_ids):
-            texts.fetch(np.unique(sampled[sampled >= 0]))  # the teacher is going to read them
         return sampled
+
+    def read(self, documents: np.ndarray) -> None:
+        """See :class:`ranking.Corpus`."""
+        for texts in (self.dataset.documents, self.dataset.document_ids):
+            texts.fetch(np.unique(documents[documents >= 0]))
 
     def measure(
         self,
@@ -218,7 +221,8 @@ def scored_first(
     pairs = zip(sampled.tolist(), said.tolist(), strict=True)
     known = [(-score, there.get(own, len(documents)), own) for own, score in pairs if own >= 0 and not np.isnan(score)]
     first = [own for *_, own in sorted(known)]  # equal ones as they were ranked
-    rest = [place for own, place in there.items() if own not in set(first)]
+    taken = set(first)
+    rest = [place for own, place in there.items() if own not in taken]
     ranked = np.array([*first, *documents[rest].tolist()], dtype=np.int64)
     scores = np.concatenate([3 - np.arange(len(first)) / max(1, len(first)), cosines[rest]]).astype(np.float32)
     found, found_scores = np.full_like(documents, -1), np.full_like(cosines, np.nan)
