@@ -100,8 +100,14 @@ def reranker_kind(name: str) -> tuple[str, str]:
     return ("causal" if name in CAUSAL_MODELS else "endpoint"), name
 
 
-def check_reranker(config: ExperimentConfig) -> None:
+def check_reranker(
+    config: ExperimentConfig, free: str = "bm25, gold-noisy, cross-encoder/NAME and --optimize_with_gold need none"
+) -> None:
     """Say at once, without loading or asking anything, when the teacher is none that can be had.
+
+    Args:
+        config: its flags.
+        free: what to say of teachers without an endpoint.
 
     Raises:
         UserError: naming the flag or the environment variable.
@@ -123,7 +129,7 @@ def check_reranker(config: ExperimentConfig) -> None:
     if kind != "endpoint":
         check_model_name(model, FLAG)
     else:
-        find_model_address(FLAG, model, "; bm25, gold-noisy, cross-encoder/NAME and --optimize_with_gold need none")
+        find_model_address(FLAG, model, f"; {free}")
 
 
 def teacher_setup(config: ExperimentConfig, prompts: Mapping[str, Any], dataset: DatasetFacts) -> Any:

@@ -130,7 +130,7 @@ def check_teacher(config: ExperimentConfig) -> None:
     """
     if config.reranker_model in FREE_NAMES:
         raise UserError(f"--reranker_model: {config.reranker_model} needs a whole dataset; a search needs a real model")
-    check_reranker(config)
+    check_reranker(config, "cross-encoder/NAME needs none")
 
 
 def search(
