@@ -21,7 +21,8 @@ from rerankers import Reranker, check_reranker, find_reranker, teacher_setup
 from results import read_json, variant_files
 from retrieval_dataset import DatasetFacts, RetrievalDataset
 from store_corpus import StoreCorpus, check_store_run, load_stored_dataset
-from vector_store import VectorStore, absolute_store, check_store, find_corpus
+from stored_corpora import find_corpus
+from vector_store import VectorStore, absolute_store, check_store
 
 # Flags of which the hash takes what they stand for.
 RESOLVED_FLAGS = (
@@ -164,7 +165,7 @@ def load_data(
         dataset = load_dataset(config.dataset, config.data_dir)
         return dataset, fill_templates(templates_for(prompts, config.embedding_model, dataset), dataset), None
     templates = templates_for(prompts, config.embedding_model, facts)
-    corpus = find_corpus(store, embedder.setup, templates.document, facts.name, facts.corpus)
+    corpus = find_corpus(store.spec, store.corpora(), embedder.setup, templates.document, facts.name, facts.corpus)
     dataset = load_stored_dataset(config, store, corpus)
     return (
         dataset,

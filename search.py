@@ -46,7 +46,8 @@ from retrieval_dataset import DatasetFacts, pairs_to_matrix
 from run_log import start_logging
 from run_setup import check_cache, check_embedder, make_embedder
 from store_corpus import StoreCorpus, StoredDataset, StoredTexts
-from vector_store import VectorStore, check_store, find_corpus
+from stored_corpora import find_corpus
+from vector_store import VectorStore, check_store
 from words import clip
 
 FLAGS = (
@@ -152,7 +153,7 @@ def search(
     embedder = make_embedder(config, device)
     anything = DatasetFacts("", "search", None, 0, 0, "", "")
     template = templates_for(prompts, config.embedding_model, anything).document
-    corpus = find_corpus(store, embedder.setup, template, *dataset)
+    corpus = find_corpus(store.spec, store.corpora(), embedder.setup, template, *dataset)
     templates = templates_for(prompts, config.embedding_model, corpus.facts())
 
     texts, ids = (StoredTexts(store, corpus, field) for field in ("text", "document_id"))

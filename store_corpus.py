@@ -22,7 +22,8 @@ from mapped_vectors import unit_length
 from metrics import cut_metric_names, cut_metrics
 from ranking import Keep, Scored
 from retrieval_dataset import RetrievalDataset, row_of
-from vector_store import FLAG, StoredCorpus, VectorStore
+from stored_corpora import FLAG, StoredCorpus
+from vector_store import VectorStore
 
 BLOCK_RESULTS = 1 << 20
 MOST_RESULTS = 16_384  # of a query, that Milvus gives

@@ -15,7 +15,8 @@ from experiment_config import ExperimentConfig
 from instruction_templates import EmbeddingTemplates
 from mapped_vectors import unit_length
 from run_log import Progress
-from vector_store import MOST_BYTES, StoredCorpus, VectorStore, corpus_to_store
+from stored_corpora import StoredCorpus, corpus_to_store
+from vector_store import MOST_BYTES, VectorStore
 
 logger = logging.getLogger(__name__)
 

@@ -42,8 +42,15 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
 @pytest.fixture(scope="module")
 def cluster():
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    started = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-    started.add_node(**NODE)
+    for attempt in range(3):
+        started = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        try:
+            started.add_node(**NODE)
+            break
+        except Exception:  # Ray gives a node half a minute to come up, which a busy machine may not keep
+            started.shutdown()
+            if attempt == 2:
+                raise
     yield started
     started.shutdown()
 

@@ -26,7 +26,8 @@ from ranking import ExactCorpus, sampled_ranks
 from retrieval_dataset import DatasetFacts, RetrievalDataset, pairs_to_matrix
 from run_setup import check_run, load_data, make_embedder
 from store_filling import fill_store
-from vector_store import MOST_BYTES, VectorStore, check_store, corpus_to_store, find_corpus
+from stored_corpora import corpus_to_store, find_corpus
+from vector_store import MOST_BYTES, VectorStore, check_store
 
 RUN, EMBED, SEARCH = "embedding_adaptation.py", "embed_all_documents.py", "search.py"
 pytest.importorskip("pymilvus", reason="needs pymilvus and milvus-lite: pip install -r requirements-scale.txt")
@@ -86,7 +87,7 @@ def test_what_is_filled_is_found(tmp_path, is_server):
             assert fill(store, corpus, ids, texts, vectors) == 1  # a text that is too long
             store.finish(corpus)
         with VectorStore(spec) as store:
-            assert store.corpora() == [corpus] and find_corpus(store, corpus.embedder, "{text}", None) == corpus
+            assert store.corpora() == [corpus] and find_corpus(store.spec, store.corpora(), corpus.embedder, "{text}", None) == corpus
             rows, _ = store.search(corpus.collection, vectors[:3], 500)
             assert rows[:, 0].tolist() == [0, 1, 2]
             if not is_server:  # there the index approximates
@@ -107,7 +108,7 @@ def test_filling_goes_on_and_another_version_has_its_own_collection(tmp_path):
         store.prepare(corpus)
         fill(store, corpus, ids, texts, vectors, 0, 200)  # and then it is killed
         with pytest.raises(UserError, match="nothing complete"):
-            find_corpus(store, corpus.embedder, "{text}", None)
+            find_corpus(store.spec, store.corpora(), corpus.embedder, "{text}", None)
         with pytest.raises(RunError, match="200 of 500 documents"):
             store.finish(corpus)
         fill(store, corpus, ids, texts, vectors, store.prepare(corpus))
@@ -118,12 +119,12 @@ def test_filling_goes_on_and_another_version_has_its_own_collection(tmp_path):
         assert store.corpora() == [corpus]  # nobody searches half of it
         fill(store, newer, ids[:300], texts[:300], vectors[:300])
         store.finish(newer)
-        assert find_corpus(store, corpus.embedder, "{text}", "made-up", "1") == corpus
-        assert find_corpus(store, corpus.embedder, "{text}", "made-up", "2") == newer
+        assert find_corpus(store.spec, store.corpora(), corpus.embedder, "{text}", "made-up", "1") == corpus
+        assert find_corpus(store.spec, store.corpora(), corpus.embedder, "{text}", "made-up", "2") == newer
         with pytest.raises(UserError, match="several versions of made-up"):
-            find_corpus(store, corpus.embedder, "{text}", "made-up")
+            find_corpus(store.spec, store.corpora(), corpus.embedder, "{text}", "made-up")
         with pytest.raises(UserError, match=r"holds made-up as it was \([35]00 documents\)"):
-            find_corpus(store, corpus.embedder, "{text}", "made-up", "3")
+            find_corpus(store.spec, store.corpora(), corpus.embedder, "{text}", "made-up", "3")
         store._client.drop_collection(corpus.collection)  # as people do
         assert store.corpora() == [newer]
 
@@ -324,7 +325,7 @@ def test_a_mistake_is_told_before_any_work(tmp_path, flags, message, monkeypatch
 
 def test_stores_that_cannot_be_had(tmp_path, demo_store, minilm_cache):
     with VectorStore(demo_store) as store, pytest.raises(UserError, match=r"does not hold Banking77 with m, .*; it holds Demo with"):
-        find_corpus(store, {"model": "m"}, "{text}", "Banking77")
+        find_corpus(store.spec, store.corpora(), {"model": "m"}, "{text}", "Banking77")
     with pytest.raises(UserError, match=r"milvus:http://127.0.0.1:9 cannot be opened .* is the server there\?"):
         VectorStore("milvus:http://127.0.0.1:9")
     run = [RUN, "--dataset", "Demo", "--embedding_model", MINILM, "--optimize_with_gold", "--cache_dir", minilm_cache, "--output_dir", tmp_path]
