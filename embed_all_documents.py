@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from cache_utils import slug
-from dataset_loaders import check_dataset_name, dataset_facts, load_dataset
+from dataset_loaders import check_dataset_name, load_dataset
 from devices import SlotFlags, Slots, check_slot_flags, choose_device, find_slots
 from errors import RunError, UserError, problems_of, run_command
 from experiment_config import (
@@ -153,9 +153,8 @@ def fill(configs: Sequence[ExperimentConfig]) -> None:
     with VectorStore(configs[0].vector_store) as store:
         for config in configs:
             started = time.perf_counter()
-            facts = dataset_facts(config.dataset, config.data_dir)
-            templates = templates_for(read_templates(config.instruction_templates), config.embedding_model, facts)
-            corpus = fill_store(store, config, make_embedder(config, "cpu"), templates)
+            prompts = read_templates(config.instruction_templates)
+            corpus = fill_store(store, config, make_embedder(config, "cpu"), prompts)
             print(
                 f"{corpus.dataset}, {config.embedding_model}: {corpus.documents} documents in {store.spec}, "
                 f"{time.perf_counter() - started:.1f} s; collection: {corpus.collection}"

@@ -28,7 +28,15 @@ from dataset_loaders import dataset_facts
 from devices import choose_device
 from errors import UserError, run_command
 from experiment_config import ExperimentConfig, idle_flags, parse_arguments
-from feedback import Start, ask_teacher, choose_start, next_documents, refine, scored_documents
+from feedback import (
+    Start,
+    ask_teacher,
+    choose_start,
+    next_documents,
+    refine,
+    scored_documents,
+    statistics_for,
+)
 from instruction_templates import read_templates
 from mapped_vectors import document_vectors
 from metrics import mean_metrics
@@ -241,20 +249,14 @@ def embedded_corpus(this: Run) -> ExactCorpus:
 
 def refiner(this: Run, corpus: Corpus) -> Callable[..., Refinement]:
     """``refine`` as the flags want it, with what the method needs to know of the corpus."""
-    import torch
+    from query_refinement import STATISTICS_DOCUMENTS
 
-    from query_refinement import STATISTICS_DOCUMENTS, corpus_statistics
-
-    config, statistics = this.config, None
-    if config.refinement_method in ("whitened_ridge", "centred_ridge"):
-        some = torch.from_numpy(corpus.spread(STATISTICS_DOCUMENTS))
-        statistics = corpus_statistics(some, device=this.embedder.device)
     return partial(
         refine,
         corpus=corpus,
-        config=config,
+        config=this.config,
         device=this.embedder.device,
-        statistics=statistics,
+        statistics=statistics_for(this.config, corpus, STATISTICS_DOCUMENTS, this.embedder.device),
         bounded=this.reranker.bounded,
     )
 

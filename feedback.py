@@ -223,6 +223,19 @@ def refine(
     return _refine_rows(start, vectors, corpus, device, settings)
 
 
+def statistics_for(
+    config: ExperimentConfig, corpus: Corpus, count: int, device: str | None = None
+) -> CorpusStatistics | None:
+    """How the corpus lies in its space, by so many of its documents; None for methods that do not ask for it."""
+    if config.refinement_method not in ("whitened_ridge", "centred_ridge"):
+        return None
+    import torch
+
+    from query_refinement import corpus_statistics
+
+    return corpus_statistics(torch.from_numpy(corpus.spread(count)), device=device)
+
+
 def refinement_inputs(
     start: Start, config: ExperimentConfig, bounded: bool | None, statistics: CorpusStatistics | None
 ) -> tuple[np.ndarray, dict[str, Any]]:

@@ -52,9 +52,13 @@ def ranks_of(scores: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.
     return ranks, (below + not_above) / 2
 
 
-def average_precision(ranks: np.ndarray) -> float:
-    """Mean, over the relevant documents, of the precision at their rank; ``ranks`` int [R], from 0, ascending."""
-    return float(np.mean(np.arange(1, len(ranks) + 1) / (ranks + 1)))
+def average_precision(ranks: np.ndarray, n_relevant: int | None = None) -> float:
+    """Mean, over the relevant documents, of the precision at their rank; ``ranks`` int [R], from 0, ascending.
+
+    Where a ranking is cut, ``n_relevant`` is how many relevant documents there are, and those not found count 0.
+    """
+    precisions = np.arange(1, len(ranks) + 1) / (ranks + 1)
+    return float(precisions.sum() / (len(ranks) if n_relevant is None else n_relevant))
 
 
 def query_metrics(scores: np.ndarray, relevant: np.ndarray, scored: np.ndarray | None = None) -> dict[str, float]:
@@ -147,19 +151,15 @@ def cut_metrics(
     if n_relevant == 0:
         return dict.fromkeys(names, math.nan)
     found = {
-        f"map_at_{depth}": _cut_precision(ranks, n_relevant),
+        f"map_at_{depth}": average_precision(ranks, n_relevant),
         **_at_cutoffs(ranks, n_relevant, (*(k for k in CUTOFFS if k < depth), depth)),
         **{f"ndcg_at_{k}": ndcg(ranks, n_relevant, k) for k in (min(10, depth), depth)},
         f"mrr_at_{depth}": 1 / (int(ranks[0]) + 1) if len(ranks) else 0.0,
     }
     known = residual is not None and n_left > 0
-    found[f"residual_map_at_{depth}"] = _cut_precision(residual, n_left) if known else math.nan
+    found[f"residual_map_at_{depth}"] = average_precision(residual, n_left) if known else math.nan
     found[f"residual_recall_at_{depth}"] = len(residual) / n_left if known else math.nan
     return {name: found[name] for name in names}
-
-
-def _cut_precision(ranks: np.ndarray, n_relevant: int) -> float:
-    return float(np.sum(np.arange(1, len(ranks) + 1) / (ranks + 1)) / n_relevant)
 
 
 def residual_ranks(ranks: np.ndarray, scored: np.ndarray) -> np.ndarray:

@@ -35,7 +35,7 @@ from experiment_config import (
     parse_values,
     parse_words,
 )
-from feedback import Start, ranks_for_teacher, refinement_inputs
+from feedback import Start, ranks_for_teacher, refinement_inputs, statistics_for
 from folder_dataset import folder_facts
 from free_rerankers import FREE_NAMES
 from instruction_templates import read_templates, templates_for
@@ -142,7 +142,7 @@ def search(
     Args:
         store: where the corpus is.
         query: the text.
-        dataset: name and version of the corpus, see :func:`vector_store.find_corpus`.
+        dataset: name and version of the corpus, see :func:`stored_corpora.find_corpus`.
         config: models and method.
         n_results: of each search in what is returned.
 
@@ -176,7 +176,8 @@ def search(
     depth = min(config.search_depth, corpus.documents)
     before = store.search(corpus.collection, unit_length(vector.copy()), depth)
     # 2. The teacher scores the first results.
-    sampled = ranked.sample(vector, partial(ranks_for_teacher, config, 0))
+    first = before[0][0][before[0][0] >= 0]
+    sampled = first[ranks_for_teacher(config, 0, len(first))][None]
     ranked.read(sampled)
     scores = ask(teacher, data, sampled)
     # 3. The query moves until it agrees with the teacher.
@@ -248,13 +249,9 @@ def refine(
     Raises:
         UserError: the parameters lead to a vector that is not finite.
     """
-    import torch
+    from query_refinement import refine_queries
 
-    from query_refinement import corpus_statistics, refine_queries
-
-    statistics = None
-    if config.refinement_method in ("whitened_ridge", "centred_ridge"):  # a service does this once a corpus
-        statistics = corpus_statistics(torch.from_numpy(ranked.spread(STATISTICS_DOCUMENTS)))
+    statistics = statistics_for(config, ranked, STATISTICS_DOCUMENTS)  # a service asks for them once a corpus
     vectors, settings = refinement_inputs(start, config, teacher.bounded, statistics)
     refined = refine_queries(vectors, ranked.vectors(start.sampled), start.teacher_scores, **settings).vectors
     if not refined.isfinite().all():

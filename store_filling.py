@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from dataset_loaders import corpus_stretches, dataset_facts
 from embedders import TextEmbedder
 from errors import RunError, UserError
 from experiment_config import ExperimentConfig
-from instruction_templates import EmbeddingTemplates
+from instruction_templates import EmbeddingTemplates, templates_for
 from mapped_vectors import unit_length
 from run_log import Progress
 from stored_corpora import StoredCorpus, corpus_to_store
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def fill_store(
-    store: VectorStore, config: ExperimentConfig, embedder: TextEmbedder, templates: EmbeddingTemplates
+    store: VectorStore, config: ExperimentConfig, embedder: TextEmbedder, prompts: dict[str, Any]
 ) -> StoredCorpus:
     """Put a corpus and its vectors into a store; what an earlier, unfinished call has put there is passed over.
 
@@ -32,7 +33,7 @@ def fill_store(
         store: where to.
         config: names the dataset.
         embedder: whose cache has the vectors.
-        templates: of documents.
+        prompts: from :func:`instruction_templates.read_templates`.
 
     Returns:
         what the store holds now.
@@ -42,6 +43,7 @@ def fill_store(
         RunError: vectors are missing, or the store fails.
     """
     facts = dataset_facts(config.dataset, config.data_dir)
+    templates = templates_for(prompts, config.embedding_model, facts)
     embedder.cache.refresh()
     if embedder.cache.dimension is None:
         raise RunError(f"--cache_dir: {embedder.cache.folder} holds no vectors of {facts.name}")

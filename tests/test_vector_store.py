@@ -263,19 +263,19 @@ def test_filling_a_corpus_of_many_stretches_goes_on_and_complains(tmp_path, mini
 
         monkeypatch.setattr(store, "insert", killed)
         with pytest.raises(KeyboardInterrupt):
-            fill_store(store, config, embedder, templates)
+            fill_store(store, config, embedder, prompts)
         assert store.corpora() == [] and store.count(corpus.collection) == 250
-        assert fill_store(store, config, embedder, templates) == store.corpora()[0] == corpus
+        assert fill_store(store, config, embedder, prompts) == store.corpora()[0] == corpus
         assert inserted == [(0, 100), (100, 100), (200, 100), (240, 60), (300, 38)]
         with VectorStore(demo_store) as whole:
             rows = [own.fetch(own.corpora()[0].collection, range(338), ["text"]) for own in (store, whole)]
         assert rows[0] == rows[1]
-        assert fill_store(store, config, embedder, templates) == corpus and len(inserted) == 5
+        assert fill_store(store, config, embedder, prompts) == corpus and len(inserted) == 5
         lines = (folder / "corpus.jsonl").read_text().splitlines()
         for last, message in ((lines[7], "occurs twice"), (json.dumps({"_id": "x" * 70_000, "text": "a"}), "longer than a store takes")):
             (folder / "corpus.jsonl").write_text("\n".join([*lines, last]) + "\n")
             with pytest.raises(UserError, match=message):
-                fill_store(store, config, embedder, templates)
+                fill_store(store, config, embedder, prompts)
 
 
 def test_one_query_before_and_after(tmp_path, demo_store, minilm_cache, endpoint):
